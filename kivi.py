@@ -84,6 +84,18 @@ class KVConfig:
 PRESETS = {"kivi2": KVConfig(2, 2), "kivi4": KVConfig(4, 4), "k4v2": KVConfig(4, 2)}
 
 
+def _product(a, code, join=False):
+    """a [B, Hk, n, M, X] @ code [B, Hk, n, X, Y], with `code` unpacked inside the product; join sums it over the n blocks.
+
+    Compiled for the CPU a matrix product would first write its operand out at full precision: one sum a row of `a`
+    instead, which Inductor fuses with the unpacking and with its neighbours into one loop over the packed bytes.
+    """
+    if torch.compiler.is_compiling() and a.device.type == "cpu":
+        dims = (2, -2) if join else -2  # both at once: one partial result a block took six times as long
+        return torch.stack([(a[..., m, :, None] * code).sum(dims) for m in range(a.shape[-2])], -2)
+    return (a @ code).sum(2) if join else a @ code
+
+
 class Cache(nn.Module):
     """What both caches share: capacity, positions and the host's copy of every row's length.
 
@@ -216,7 +228,7 @@ class FullCache(Cache):
     def attention(self, q, pos, blocks):
         """q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] -> [B, H, 1, D]."""
         n = blocks.shape[0] * self.block
-        k, v = self.k[:, :, :n], self.v[:, :, :n]
+        k, v = self.k.narrow(2, 0, n), self.v.narrow(2, 0, n)
         B, Hk, _, D = k.shape
         seen = torch.arange(n, device=q.device) <= pos[:, None, None, None]  # [B, 1, 1, n]
         # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times.
@@ -364,7 +376,7 @@ class KiviCache(Cache):
         S, R, (B, H, _, D), Hk = c.sink, c.residual, q.shape, self.k_window.shape[1]
         qs = q.reshape(B, Hk, H // Hk, D).float() * D**-0.5  # [B, Hk, M, D]
         start = (pos // R * R)[:, None]  # [B, 1] keys from here on are exact
-        codes = self.scores(qs, nb).flatten(3)  # [B, Hk, M, nb * C]
+        codes = self.scores(qs, nb)  # [B, Hk, M, nb * C]
 
         held = self.slot_tokens(pos)  # [B, W]
         exact = (held < S) | (held >= start)
@@ -384,40 +396,34 @@ class KiviCache(Cache):
         return (out / (p.sum(-1, keepdim=True) + w.sum(-1, keepdim=True))).view(B, H, 1, D).to(q.dtype)
 
     def scores(self, q, nb):
-        """q . K over the packed keys of nb blocks: q [B, Hk, M, D] float32 -> [B, Hk, M, nb, C]."""
-        c, C, P = self.config, self.block, self.k_planes
-        G, n = c.group_size, nb * (C // (P * c.group_size))
-        w = self.k_packed[:, :, :n]  # [B, Hk, n, D, G]
-        s = self.k_scale[:, :, : n * P].unflatten(2, (n, P))  # [B, Hk, n, P, D]
-        z = self.k_zero[:, :, : n * P].unflatten(2, (n, P))
-        heads = []
-        for m in range(q.shape[2]):  # one sum a head and plane: all of them share one load of w, and w is unpacked once
-            qm = q[:, :, m, None]  # [B, Hk, 1, D]
-            planes = []
-            for j in range(P):
-                a = qm * s[:, :, :, j] * 2.0 ** (-c.k_bits * j)  # [B, Hk, n, D]
-                code = (w & (2**c.k_bits - 1 << c.k_bits * j)).float()
-                planes.append((a[..., None] * code).sum(-2) + (qm * z[:, :, :, j]).sum(-1, keepdim=True))
-            heads.append(torch.stack(planes, 3))  # [B, Hk, n, P, G]
-        return torch.stack(heads, 2).view(*q.shape[:3], nb, C)
+        """q . K over the packed keys of nb blocks: q [B, Hk, M, D] float32 -> [B, Hk, M, nb * C]."""
+        bits, G, P = self.config.k_bits, self.config.group_size, self.k_planes
+        n = nb * (self.block // (P * G))
+        w = self.k_packed.narrow(2, 0, n)  # [B, Hk, n, D, G]
+        s = self.k_scale.narrow(2, 0, n * P).unflatten(2, (n, P))  # [B, Hk, n, P, D]
+        z = self.k_zero.narrow(2, 0, n * P).unflatten(2, (n, P))
+        planes = []
+        for j in range(P):
+            code = (w & (2**bits - 1 << bits * j)).float()  # [B, Hk, n, D, G], 2^(bits j) times the code
+            a = q[:, :, None] * (s[:, :, :, j, None] * 2.0 ** (-bits * j))  # [B, Hk, n, M, D]
+            planes.append(_product(a, code))
+        zero = (q[:, :, None, :, None] * z[:, :, :, None]).sum(-1)  # [B, Hk, n, M, P]
+        return (torch.stack(planes, -2) + zero[..., None]).movedim(3, 2).flatten(3)
 
     def values(self, p, nb):
         """p . V over the packed values of nb blocks: p [B, Hk, M, nb * C] float32 -> [B, Hk, M, D]."""
-        c, P, D = self.config, self.v_planes, self.v_window.shape[-1]
-        n, G = nb * self.block, c.group_size
-        w = self.v_packed[:, :, :n]  # [B, Hk, n, D / P]
-        s, z = self.v_scale[:, :, :n], self.v_zero[:, :, :n]  # [B, Hk, n, D / G]
-        heads = []
-        for m in range(p.shape[2]):
-            pm = p[:, :, m, :, None]
-            a = (pm * s)[..., None].expand(*s.shape, G).reshape(*s.shape[:3], P, D // P)
-            zero = (pm * z).sum(2)  # [B, Hk, D / G]
-            planes = []
-            for j in range(P):
-                code = (w & (2**c.v_bits - 1 << c.v_bits * j)).float()
-                planes.append((a[..., j, :] * code).sum(2) * 2.0 ** (-c.v_bits * j))
-            heads.append(torch.cat(planes, -1) + zero[..., None].expand(*zero.shape, G).flatten(-2))
-        return torch.stack(heads, 2)
+        bits, C, P, D = self.config.v_bits, self.block, self.v_planes, self.v_window.shape[-1]
+        p = p.unflatten(-1, (nb, C)).movedim(2, 3)  # [B, Hk, nb, M, C]
+        w, s, z = (x.narrow(2, 0, nb * C).unflatten(2, (nb, C)) for x in (self.v_packed, self.v_scale, self.v_zero))
+        width = min(self.config.group_size, D // P)  # channels of one plane that share a scale
+        out = []
+        for d in range(0, D, width):
+            j, first, g = d // (D // P), d % (D // P), d // self.config.group_size
+            code = (w[..., first : first + width] & (2**bits - 1 << bits * j)).float()  # [B, Hk, nb, C, width]
+            a = p * (s[..., g] * 2.0 ** (-bits * j))[:, :, :, None]  # [B, Hk, nb, M, C]
+            out.append(_product(a, code, join=True))  # [B, Hk, M, width]
+        zero = (p[..., None] * z[:, :, :, None]).sum(-2).sum(2)  # [B, Hk, M, D / G]
+        return torch.cat(out, -1) + zero.repeat_interleave(self.config.group_size, -1)
 
     def dequantized(self):
         """(k, v) [B, Hk, L, D] in the cache's dtype: exactly what attend reads now; zeros beyond a row's own length."""
