@@ -133,16 +133,16 @@ class Cache(nn.Module):
     def blocks(self, length, bucket=False):
         """Indices [nb] of the blocks that attention must read when the longest row holds `length` tokens.
 
-        Its shape is the one dynamic shape of a decode step. Two blocks at least: the compiler would specialize on one.
+        Its shape is the one dynamic shape of a decode step.
         bucket  rounds nb up to four sizes an octave (4, 5, 6, 7, 8, 10, ..): one CUDA graph each, at most 25 % read in vain
         """
-        nb = max(2, -(-length // self.block))
+        nb = max(1, -(-length // self.block))
         if bucket and nb > 8:
             step = 1 << (nb - 1).bit_length() - 3
             nb = -(-nb // step) * step
         blocks = self.index[:nb]
-        if len(self.index) > 1:
-            torch._dynamo.mark_dynamic(blocks, 0)
+        # A merely dynamic size would recompile at 1, and once more when the blocks fill the whole buffer.
+        torch._dynamo.decorators.mark_unbacked(blocks, 0)
         return blocks
 
     def prefill(self, k, v, lengths=None):

@@ -8,6 +8,7 @@ prompts with exact attention and fills the caches, `decode` runs one token a row
 compiled.
 """
 import json
+import re
 from dataclasses import dataclass, field
 from math import log, pi
 from pathlib import Path
@@ -221,22 +222,27 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
     def setup_caches(self, batch, max_len, kv="kivi2", **options):
-        """Allocates one cache a layer. kv: "bf16" (full precision, in the model's dtype) or a name of kivi.PRESETS.
+        """Allocates one cache a layer.
 
+        kv      "bf16" (full precision, in the model's dtype), a name of kivi.PRESETS, or "kvtuner:FILE" (see `layer_bits`)
         options override the preset: k_bits, v_bits, group_size, residual, sink
         raises  ValueError: unknown kv, a combination the cache refuses, or max_len beyond the model's context
         """
         c = self.config
         if max_len > c.max_len:
             raise ValueError(f"{max_len} tokens exceed the model's context of {c.max_len}: shorten the prompt or --max-new-tokens")
-        if kv not in ("bf16", *PRESETS):
-            raise ValueError(f"unknown kv {kv!r}; known: bf16, {', '.join(PRESETS)}")
-        for layer in self.layers:
-            where = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        if kv.startswith("kvtuner:"):
+            configs = [{"k_bits": k, "v_bits": v} for k, v in layer_bits(kv.removeprefix("kvtuner:"), c.n_layers)]
+        elif kv in PRESETS:
+            configs = [vars(PRESETS[kv])] * c.n_layers
+        elif kv != "bf16":
+            raise ValueError(f"unknown kv {kv!r}; known: bf16, {', '.join(PRESETS)}, kvtuner:FILE")
+        where = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
+        for i, layer in enumerate(self.layers):
             if kv == "bf16":
                 layer.cache = FullCache(batch, c.n_kv_heads, max_len, c.head_dim, **where)
             else:
-                layer.cache = KiviCache(batch, c.n_kv_heads, max_len, c.head_dim, **{**vars(PRESETS[kv]), **options}, **where)
+                layer.cache = KiviCache(batch, c.n_kv_heads, max_len, c.head_dim, **{**configs[i], **options}, **where)
         first = self.layers[0].cache
         for layer in self.layers[1:]:  # one schedule for all layers
             layer.cache.pos, layer.cache.index, layer.cache.lengths = first.pos, first.index, first.lengths
@@ -284,6 +290,22 @@ class Transformer(nn.Module):
         """Compiles the decode step: one graph serves every layer, so compile time does not grow with depth."""
         self.decode_block = torch.compile(Block.decode, fullgraph=True, **options)
         self.flush_block = torch.compile(_flush, fullgraph=True, **options)
+
+
+def layer_bits(file, n_layers):
+    """(k_bits, v_bits) of every layer from a KVTuner preset (arXiv 2502.04420) or from plain text.
+
+    A preset names `nbits_key` and `nbits_value` once a layer, in order; plain text has one line "K-bits V-bits" a layer.
+    raises ValueError: unreadable, or not exactly one pair a layer
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+    pairs = re.findall(r"nbits_key\W+(\d+)\W+nbits_value\W+(\d+)", text) or re.findall(r"(?m)^\s*(\d+)[\s,]+(\d+)\s*$", text)
+    if len(pairs) != n_layers:
+        raise ValueError(f"{file} gives bits for {len(pairs)} layers, the model has {n_layers}")
+    return [(int(k), int(v)) for k, v in pairs]
 
 
 def _flush(layer, pos):
