@@ -7,11 +7,14 @@ full precision: keys until a block of R is complete, values for R tokens.
 Neither K nor V is ever rebuilt at full precision. With codes c, scale s and zero z (quantize.py), for a query q and
 attention weights p, and g the group of token t (K) or of channel d (V):
 
-    q . k_t = sum_d (q_d s_dg) c_dt + sum_d q_d z_dg         the second sum is one number per group
-    out_d   = sum_t (p_t s_tg) c_td + sum_t p_t z_tg         the second sum is one number per group
+    q . k_t = sum_d (q_d s_dg) c_td + sum_d q_d z_dg         the second sum is one number per group
+    out_d   = sum_t (p_t s_tg) c_dt + sum_t p_t z_tg         the second sum is one number per group
 
-and the inner sums unpack the codes on the fly: a byte holds one code of each of 8 / bits *planes*, masked in place
-(`byte & 3 << 2j` is 4^j times code j; the power of four is divided out after the sum).
+Both inner sums are products of packed codes with a few rows of numbers, `_product`, which unpacks on the fly. A byte holds
+one code of each of P = 8 / bits *planes*, and a plane is a group of G tokens, so that it has one scale a channel:
+
+    K  byte [j, i, d], plane a: channel d of token (j P + a) G + i        rows are tokens, the sum runs along channels
+    V  byte [j, d, i], plane a: the same, transposed                      rows are channels, the sum runs along tokens
 
 State after a row reaches length T, a function of T alone however the tokens came (kivi-algorithm: official code):
 
@@ -30,7 +33,7 @@ from torch.nn import functional as F
 
 from quantize import BITS, dequantize, group_codes, pack, unpack
 
-NEVER = float("-inf")
+NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,18 @@ class KVConfig:
         if self.sink < 0:
             raise ValueError(f"sink must be 0 or more tokens, got {self.sink}")
 
-    @property
-    def block(self):
-        """Tokens in the unit that attention reads and capacity is rounded to: whole residuals, whole bytes of K at any bits."""
-        return lcm(self.residual, 8 // min(BITS) * self.group_size)
+    def block(self, max_len):
+        """Tokens in the unit that attention reads and capacity is rounded to.
+
+        Whole residuals and whole bytes at any number of bits; longer caches have longer blocks (up to 1,024 tokens), since
+        every block of every head writes a partial result.
+        """
+        unit = lcm(self.residual, 8 // min(BITS) * self.group_size)
+        return unit << min(max(max_len // (16 * unit), 1), max(1024 // unit, 1)).bit_length() - 1
 
     def capacity(self, max_len):
-        return -(-max_len // self.block) * self.block
+        """Tokens a row of the buffers holds: max_len rounded up to whole blocks."""
+        return -(-max_len // self.block(max_len)) * self.block(max_len)
 
     def parts(self, batch, n_kv_heads, max_len, head_dim, dtype):
         """Bytes of one layer's cache by part, from shapes alone: {"codes", "metadata", "window", "positions"}."""
@@ -73,7 +81,7 @@ class KVConfig:
             "codes": rows * T * head_dim * (self.k_bits + self.v_bits) // 8,
             "metadata": rows * T * head_dim // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
             "window": rows * (self.sink + self.residual + 1) * head_dim * 2 * dtype.itemsize,
-            "positions": batch * 8 + T // self.block * 8,
+            "positions": batch * 8 + T // self.block(max_len) * 8,
         }
 
     def bytes(self, batch, n_kv_heads, max_len, head_dim, dtype):
@@ -84,16 +92,47 @@ class KVConfig:
 PRESETS = {"kivi2": KVConfig(2, 2), "kivi4": KVConfig(4, 4), "k4v2": KVConfig(4, 2)}
 
 
-def _product(a, code, join=False):
-    """a [B, Hk, n, M, X] @ code [B, Hk, n, X, Y], with `code` unpacked inside the product; join sums it over the n blocks.
+def _planes(packed, bits, half):
+    """The codes of every plane of `packed` as numbers, not yet shifted into place: [(codes * 2^p, 2^-p) ..]."""
+    masks = [(p, (1 << bits) - 1 << p) for p in range(0, 8, bits)]
+    if not half:
+        return [((packed & mask).float(), 2.0**-p) for p, mask in masks]
+    # The low bits of a float16 are the mantissa of a denormal: the masked byte already *is* code * 2^(p - 24), exactly, and
+    # no shift or conversion is spent on it. The minus makes LLVM mask two codes with one instruction; the tensor core
+    # applies it for nothing.
+    wide = packed.to(torch.int16)
+    return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]
 
-    Compiled for the CPU a matrix product would first write its operand out at full precision: one sum a row of `a`
-    instead, which Inductor fuses with the unpacking and with its neighbours into one loop over the packed bytes.
+
+def _product(rows, codes):
+    """rows [.., M, X] . codes [.., Y, X] -> [.., M, Y] float32: one product for both halves of attention, three ways to run it.
+
+    CUDA, compiled: one `tl.dot` (Inductor's native_matmul) with `codes` unpacked on the way to the tensor core.
+    CPU, compiled: a matrix product would first write `codes` out at full precision, so one sum a row, which Inductor fuses
+    with the unpacking into one loop over the packed bytes. Eager: a plain matrix product.
     """
-    if torch.compiler.is_compiling() and a.device.type == "cpu":
-        dims = (2, -2) if join else -2  # both at once: one partial result a block took six times as long
-        return torch.stack([(a[..., m, :, None] * code).sum(dims) for m in range(a.shape[-2])], -2)
-    return (a @ code).sum(2) if join else a @ code
+    if codes.dtype == torch.float16:
+        return (codes @ rows.to(torch.float16).mT).float().mT  # `rows` second: 8 columns are padded, not 16 rows
+    if torch.compiler.is_compiling() and codes.device.type == "cpu":
+        return torch.stack([(rows[..., m, None, :] * codes).sum(-1) for m in range(rows.shape[-2])], -2)
+    return rows.contiguous() @ codes.contiguous().mT  # one layout, one algorithm: a row does not depend on its batch
+
+
+def _halves(q):
+    """q [.., M, D] as float16 tensors that add up to it, so that their products with a scale are exact (or nearly) in float16.
+
+    The first keeps 3 significant bits: times the 8 bits of a bfloat16 scale they fill the 11 of a float16. Rounding q * scale
+    as a whole instead moves the score of a key with one large channel by 1 %. One row: both parts become rows of one product.
+    """
+    keep = -32 if q.dtype == torch.bfloat16 else -256
+    high = (q.view(torch.int16) & keep).view(q.dtype)
+    parts = [high.to(torch.float16), (q - high).to(torch.float16)]
+    return [torch.cat(parts, -2)] if q.shape[-2] == 1 else parts
+
+
+def _over_blocks(x):
+    """Sum of x [B, Hk, nb, ..] over blocks. Eager: in float64, or the last bit would depend on how many empty ones follow."""
+    return x.sum(2) if torch.compiler.is_compiling() else x.double().sum(2).float()
 
 
 class Cache(nn.Module):
@@ -245,31 +284,27 @@ class KiviCache(Cache):
     batch, n_kv_heads, max_len (tokens a row can hold), head_dim; the options are those of `KVConfig`
     raises  ValueError: see KVConfig.check
     source  KIVI, arXiv 2402.02750; schedule and order of operations of jy-yuan/KIVI
-
-    Codes of K are stored in blocks of P * G tokens, P = 8 / bits: byte [d, i] of a block holds token i of each of its P
-    groups, so a plane is a group, has one scale per channel, and the bytes of a plane lie side by side. A byte of V holds
-    channels j, j + D / P, j + 2D / P, ... of one token.
     """
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0,
                  dtype=torch.float32, device="cpu"):
-        self.config = c = KVConfig(k_bits, v_bits, group_size, residual, sink)
+        c = KVConfig(k_bits, v_bits, group_size, residual, sink)
         c.check(head_dim)
-        super().__init__(batch, max_len, c.block, c.capacity(max_len), device)
-        B, Hk, D, G, R, T = batch, n_kv_heads, head_dim, group_size, residual, c.capacity(max_len)
-        self.k_planes, self.v_planes = 8 // k_bits, 8 // v_bits
+        super().__init__(batch, max_len, c.block(max_len), c.capacity(max_len), device)
+        self.config = c
+        B, Hk, D, G, W, T = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len)
 
         def buffer(name, *shape, dtype=dtype):
             self.register_buffer(name, torch.zeros(B, Hk, *shape, dtype=dtype, device=device), persistent=False)
 
-        buffer("k_packed", T // (self.k_planes * G), D, G, dtype=torch.uint8)
+        buffer("k_packed", T // G * k_bits // 8, G, D, dtype=torch.uint8)
         buffer("k_scale", T // G, D)
         buffer("k_zero", T // G, D)
-        buffer("v_packed", T, D // self.v_planes, dtype=torch.uint8)
-        buffer("v_scale", T, D // G)
-        buffer("v_zero", T, D // G)
-        buffer("k_window", sink + R + 1, D)
-        buffer("v_window", sink + R + 1, D)
+        buffer("v_packed", T // G * v_bits // 8, D, G, dtype=torch.uint8)
+        buffer("v_scale", T // G, D // G, G)  # tokens last, as in v_packed
+        buffer("v_zero", T // G, D // G, G)
+        buffer("k_window", W, D)
+        buffer("v_window", W, D)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -287,59 +322,69 @@ class KiviCache(Cache):
         return torch.where(w < S, torch.where(w <= newest, w, -1), torch.where(ring >= S, ring, -1))
 
     def source(self, t):
-        """Token whose key stands in for token t in its group: itself, or its first neighbour that is no sink.
+        """Token whose key stands in for token t in its group: itself, or for a sink the group's first token that is none.
 
         Sinks are read from the window; left in their group they would stretch the range of all its other tokens.
         """
         S, G = self.config.sink, self.config.group_size
         return torch.maximum(t, torch.clamp(t | G - 1, max=S)) if S else t
 
+    def quantize_v(self, v):
+        """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
+        G = self.config.group_size
+        codes, scale, zero = group_codes(v.unflatten(-1, (-1, G)), self.config.v_bits)
+        return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+
     def fill(self, k, v, lengths):
         """`prefill` without its checks: k, v [B, Hk, L, D] and lengths [B] on the device."""
         c, (B, Hk, L, D) = self.config, k.shape
-        G, P, dtype = c.group_size, self.k_planes, self.k_scale.dtype
-        L = min(L, len(self.index) * self.block)
+        G, R, dtype = c.group_size, c.residual, self.k_scale.dtype
+        L = min(L, c.capacity(self.max_len))
         k, v = k[:, :, :L].to(dtype), v[:, :, :L].to(dtype)
-        lengths = lengths[:, None]  # [B, 1]
 
-        slots = self.slot_tokens(lengths[:, 0] - 1)  # [B, W]
+        slots = self.slot_tokens(lengths - 1)  # [B, W]
         for window, x in ((self.k_window, k), (self.v_window, v)):
             held = x.gather(2, slots.clamp(0)[:, None, :, None].expand(B, Hk, -1, D))
             window.copy_(torch.where((slots >= 0)[:, None, :, None], held, 0))
 
-        blocks = -(-L // (P * G))
-        t = torch.arange(blocks * P * G, device=k.device)
-        groups = k[:, :, self.source(t).clamp(max=L - 1)].view(B, Hk, blocks, P, G, D).transpose(-1, -2)
-        codes, scale, zero = group_codes(groups, c.k_bits)  # codes [B, Hk, blocks, P, D, G], scale [.., D, 1]
-        full = torch.arange(blocks * P, device=k.device) * G < lengths // c.residual * c.residual  # [B, blocks * P]
-        full = full.view(B, 1, blocks, P, 1, 1)
-        self.k_packed[:, :, :blocks] = pack(torch.where(full, codes, 0), c.k_bits, dim=3).squeeze(3)
-        self.k_scale[:, :, : blocks * P] = torch.where(full, scale, 0).view(B, Hk, -1, D)
-        self.k_zero[:, :, : blocks * P] = torch.where(full, zero, 0).view(B, Hk, -1, D)
+        unit = 8 // min(BITS) * G  # whole bytes at any number of bits
+        t = torch.arange(-(-L // unit) * unit, device=k.device)
+        groups = lambda x, t: x[:, :, t.clamp(max=L - 1)].unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
+        k_codes, *k_meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3)
+        v_codes, *v_meta = self.quantize_v(groups(v, t))
+        t, lengths = t.view(-1, G, 1), lengths[:, None, None, None, None]  # [T / G, G, 1], [B, 1, 1, 1, 1]
+        complete, left = t < lengths // R * R, t < lengths - R  # [B, 1, T / G, G, 1] tokens that are quantized by now
 
-        old = torch.arange(L, device=k.device) < lengths - c.residual  # [B, L]
-        for buffer, x in zip((self.v_packed, self.v_scale, self.v_zero), self.quantize_v(v)):
-            buffer[:, :, :L] = torch.where(old[:, None, :, None], x, 0)
+        def store(name, codes, meta, quantized, bits):
+            codes = torch.where(quantized, codes, 0)
+            quantized = quantized[..., : meta[0].shape[3], :]  # K has one scale a group
+            if name == "v":
+                codes, quantized, meta = codes.mT, quantized.mT, [x.mT for x in meta]
+            packed = pack(codes.unflatten(2, (-1, 8 // bits)), bits, dim=3).squeeze(3)
+            getattr(self, f"{name}_packed")[:, :, : packed.shape[2]] = packed
+            for part, x in zip(("scale", "zero"), meta):
+                target = getattr(self, f"{name}_{part}")[:, :, : x.shape[2]]
+                target.copy_(torch.where(quantized, x, 0).view_as(target))
 
-    def quantize_v(self, v):
-        """v [..., D] -> packed [..., D / P], scale [..., D / G], zero [..., D / G]."""
-        c, D = self.config, v.shape[-1]
-        codes, scale, zero = group_codes(v.unflatten(-1, (D // c.group_size, c.group_size)), c.v_bits)
-        planes = codes.flatten(-2).unflatten(-1, (self.v_planes, D // self.v_planes))
-        return pack(planes, c.v_bits, dim=-2).squeeze(-2), scale.squeeze(-1), zero.squeeze(-1)
+        store("k", k_codes, k_meta, complete, c.k_bits)
+        store("v", v_codes, v_meta, left, c.v_bits)
 
     def update(self, k, v, pos):
         """Writes token pos [B] (k, v [B, Hk, 1, D]) into the window and quantizes the value that leaves it."""
-        row = torch.arange(self.batch, device=pos.device)
+        c, row = self.config, torch.arange(self.batch, device=pos.device)
         slot = self.slot(pos)
         self.k_window[row, :, slot] = k[:, :, 0].to(self.k_window.dtype)
         self.v_window[row, :, slot] = v[:, :, 0].to(self.v_window.dtype)
-        t = pos - self.config.residual  # the ring of R + 1 still holds it
-        leaving, t = (t >= 0)[:, None, None], t.clamp(0)
-        new = self.quantize_v(self.v_window[row, :, self.slot(t)])  # each [B, Hk, ..]
-        for buffer, x in zip((self.v_packed, self.v_scale, self.v_zero), new):
-            # Where nothing leaves, the row is written back as it was: a branch would need the host or a second graph.
-            buffer[row, :, t] = torch.where(leaving, x, buffer[row, :, t])
+        t = pos - c.residual  # the ring of R + 1 still holds it
+        leaves, t = (t >= 0)[:, None, None], t.clamp(0)
+        codes, scale, zero = self.quantize_v(self.v_window[row, :, self.slot(t)])  # [B, Hk, D], [B, Hk, D / G] twice
+        group, i = t // c.group_size, t % c.group_size
+        block, shift = self.place(group, c.v_bits)
+        # Where nothing leaves, the old numbers are written back: a branch would need the host or a second graph.
+        old = self.v_packed[row, :, block, :, i]
+        self.v_packed[row, :, block, :, i] = torch.where(leaves, put(old, codes, shift[:, None, None], c.v_bits), old)
+        for buffer, x in ((self.v_scale, scale), (self.v_zero, zero)):
+            buffer[row, :, group, :, i] = torch.where(leaves, x, buffer[row, :, group, :, i])
 
     def due(self):
         """Does some row complete a block of R keys with its newest token? Asked after `advance`, answered by the host."""
@@ -347,23 +392,27 @@ class KiviCache(Cache):
 
     def flush(self, pos):
         """Quantizes the last R keys of the rows whose newest token pos [B] completes a block of R; others stay as they are."""
-        c = self.config
-        G, P = c.group_size, self.k_planes
-        row = torch.arange(self.batch, device=pos.device)
+        c, row = self.config, torch.arange(self.batch, device=pos.device)
+        G = c.group_size
         due = ((pos + 1) % c.residual == 0)[:, None, None]
-        first = pos // c.residual * c.residual
-        for start in range(0, c.residual, G):
-            t = first + start  # [B] first token of the group
+        for first in range(0, c.residual, G):
+            t = pos // c.residual * c.residual + first  # [B] first token of the group
             tokens = self.source(t[:, None] + torch.arange(G, device=pos.device))  # [B, G]
-            keys = self.k_window[row[:, None], :, self.slot(tokens)]  # [B, G, Hk, D]
-            codes, scale, zero = group_codes(keys.permute(0, 2, 3, 1), c.k_bits)  # [B, Hk, D, G], [B, Hk, D, 1]
+            keys = self.k_window[row[:, None], :, self.slot(tokens)].transpose(1, 2)  # [B, Hk, G, D]
+            codes, scale, zero = group_codes(keys, c.k_bits, dim=2)
             group = t // G
-            old = self.k_packed[row, :, group // P]  # [B, Hk, D, G]
-            shift = (group % P * c.k_bits)[:, None, None, None]
-            byte = old & ~(2**c.k_bits - 1 << shift) | codes.to(torch.int64) << shift  # one plane of the block's bytes
-            self.k_packed[row, :, group // P] = torch.where(due[..., None], byte.to(torch.uint8), old)
+            block, shift = self.place(group, c.k_bits)
+            old = self.k_packed[row, :, block]  # [B, Hk, G, D]
+            new = put(old, codes, shift[:, None, None, None], c.k_bits)
+            self.k_packed[row, :, block] = torch.where(due[..., None], new, old)
             for buffer, x in ((self.k_scale, scale), (self.k_zero, zero)):
-                buffer[row, :, group] = torch.where(due, x.squeeze(-1), buffer[row, :, group])
+                buffer[row, :, group] = torch.where(due, x.squeeze(2), buffer[row, :, group])
+
+    @staticmethod
+    def place(group, bits):
+        """Where a group of tokens lies in the packed bytes: (block, shift of its plane)."""
+        planes = 8 // bits
+        return group // planes, group % planes * bits
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -371,68 +420,105 @@ class KiviCache(Cache):
         """Attention of one query per head over the packed cache and the window.
 
         q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] (see `blocks`) -> [B, H, 1, D]
-        """
-        c, nb, C = self.config, blocks.shape[0], self.block
-        S, R, (B, H, _, D), Hk = c.sink, c.residual, q.shape, self.k_window.shape[1]
-        qs = q.reshape(B, Hk, H // Hk, D).float() * D**-0.5  # [B, Hk, M, D]
-        start = (pos // R * R)[:, None]  # [B, 1] keys from here on are exact
-        codes = self.scores(qs, nb)  # [B, Hk, M, nb * C]
 
-        held = self.slot_tokens(pos)  # [B, W]
-        exact = (held < S) | (held >= start)
-        window = qs @ self.k_window.float().transpose(-1, -2)  # [B, Hk, M, W]
-        # Tokens between the K and the V boundary: their value is exact, their key is quantized.
-        between = codes.gather(-1, held.clamp(0, nb * C - 1)[:, None, None].expand(*window.shape))
-        window = torch.where(exact[:, None, None], window, between)
+        Every block of C tokens has a softmax of its own (flash decoding): no pass over a whole row of scores, and enough
+        independent work when the batch is 1. The window is one more block.
+        """
+        c, nb, C, dtype = self.config, blocks.shape[0], self.block, q.dtype
+        S, G, (B, H, _, D), Hk = c.sink, c.group_size, q.shape, self.k_window.shape[1]
+        q = q.reshape(B, Hk, H // Hk, D)
+        half = q.is_cuda and torch.compiler.is_compiling() and dtype != torch.float32
+        unit = D**-0.5
+        number = torch.float16 if half else torch.float32
+
+        scores = self.scores(q, nb, half, unit)  # P of [B, Hk, nb, M, C / P]: plane by plane
+        P = len(scores)
+        held = self.slot_tokens(pos)  # [B, W] token of each window slot
+        window = _product(q.to(number), self.k_window.to(number)) * unit  # [B, Hk, M, W]
+        # Between the K and the V boundary the key is quantized and the value exact: those scores come from the planes.
+        exact = (held < S) | (held >= (pos // c.residual * c.residual)[:, None])
+        t = held.clamp(0, nb * C - 1)
+        axis = lambda n, d: torch.arange(n, device=q.device).view([n if i == d else 1 for i in range(4)])
+        place = axis(B, 0), axis(Hk, 1), (t // C)[:, None, None], axis(H // Hk, 2), (t % C // (P * G) * G + t % G)[:, None, None]
+        plane = (t // G % P)[:, None, None]
+        for a, x in enumerate(scores):
+            window = torch.where(exact[:, None, None] | (plane != a), window, x[place])
         window = window.masked_fill((held < 0)[:, None, None], NEVER)
 
-        t = (blocks[:, None] * C + torch.arange(C, device=q.device)).flatten()
-        packed = (t >= S) & (t < (pos - R)[:, None])  # [B, nb * C] tokens whose value is quantized
-        codes = codes.masked_fill(~packed[:, None, None], NEVER)
+        # Tokens whose value is quantized: from the sinks to the window.
+        t = blocks[:, None] * C + torch.arange(C, device=q.device)  # [nb, C]
+        packed = ((t >= S) & (t < (pos - c.residual)[:, None, None]))[:, None, :, None]  # [B, 1, nb, 1, C]
+        scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(packed, P))]
+        if c.k_bits != c.v_bits:
+            scores = self.split(self.join(scores), 8 // c.v_bits)
+        top = torch.stack([x.amax(-1) for x in scores]).amax(0)  # [B, Hk, nb, M]
+        p = [(x - top[..., None]).exp() for x in scores]
+        total = torch.stack([x.sum(-1) for x in p]).sum(0)  # [B, Hk, nb, M]
+        out = self.values(p, nb, half)  # [B, Hk, nb, M, D]
 
-        top = torch.maximum(codes.amax(-1, keepdim=True), window.amax(-1, keepdim=True))
-        p, w = (codes - top).exp(), (window - top).exp()
-        out = self.values(p, nb) + w @ self.v_window.float()  # [B, Hk, M, D]
-        return (out / (p.sum(-1, keepdim=True) + w.sum(-1, keepdim=True))).view(B, H, 1, D).to(q.dtype)
+        best = torch.maximum(top.amax(2), window.amax(-1))  # [B, Hk, M]
+        weight = (top - best[:, :, None]).exp()  # of each block
+        w = (window - best[..., None]).exp()  # [B, Hk, M, W]
+        total = _over_blocks(weight * total) + w.sum(-1)
+        out = _over_blocks(weight[..., None] * out) + _product(w.to(number), self.v_window.to(number).mT)  # [B, Hk, M, D]
+        return (out / total[..., None]).view(B, H, 1, D).to(dtype)
 
-    def scores(self, q, nb):
-        """q . K over the packed keys of nb blocks: q [B, Hk, M, D] float32 -> [B, Hk, M, nb * C]."""
-        bits, G, P = self.config.k_bits, self.config.group_size, self.k_planes
-        n = nb * (self.block // (P * G))
-        w = self.k_packed.narrow(2, 0, n)  # [B, Hk, n, D, G]
-        s = self.k_scale.narrow(2, 0, n * P).unflatten(2, (n, P))  # [B, Hk, n, P, D]
-        z = self.k_zero.narrow(2, 0, n * P).unflatten(2, (n, P))
-        planes = []
-        for j in range(P):
-            code = (w & (2**bits - 1 << bits * j)).float()  # [B, Hk, n, D, G], 2^(bits j) times the code
-            a = q[:, :, None] * (s[:, :, :, j, None] * 2.0 ** (-bits * j))  # [B, Hk, n, M, D]
-            planes.append(_product(a, code))
-        zero = (q[:, :, None, :, None] * z[:, :, :, None]).sum(-1)  # [B, Hk, n, M, P]
-        return (torch.stack(planes, -2) + zero[..., None]).movedim(3, 2).flatten(3)
+    def split(self, x, planes):
+        """x [.., C] in the order of tokens -> one tensor [.., C / planes] a plane."""
+        return x.unflatten(-1, (-1, planes, self.config.group_size)).movedim(-2, 0).flatten(-2).unbind(0)
 
-    def values(self, p, nb):
-        """p . V over the packed values of nb blocks: p [B, Hk, M, nb * C] float32 -> [B, Hk, M, D]."""
-        bits, C, P, D = self.config.v_bits, self.block, self.v_planes, self.v_window.shape[-1]
-        p = p.unflatten(-1, (nb, C)).movedim(2, 3)  # [B, Hk, nb, M, C]
-        w, s, z = (x.narrow(2, 0, nb * C).unflatten(2, (nb, C)) for x in (self.v_packed, self.v_scale, self.v_zero))
-        width = min(self.config.group_size, D // P)  # channels of one plane that share a scale
+    def join(self, planes):
+        """The inverse of `split`."""
+        return torch.stack([x.unflatten(-1, (-1, self.config.group_size)) for x in planes], -2).flatten(-3)
+
+    def scores(self, q, nb, half, unit):
+        """q . K * unit over the packed keys of nb blocks: q [B, Hk, M, D] -> P tensors [B, Hk, nb, M, C / P], one a plane."""
+        c, C = self.config, self.block
+        G, P = c.group_size, 8 // c.k_bits
+        U = C // (P * G)  # bytes' blocks in a block of attention
+        w = self.k_packed.narrow(2, 0, nb * U).unflatten(2, (nb, U))  # [B, Hk, nb, U, G, D]
+        s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)) for x in (self.k_scale, self.k_zero))  # [.., U, P, D]
+        rows = [r[:, :, None] for r in (_halves(q) if half else [q.float()])]  # [B, Hk, 1, M, D]
+        z = z.to(torch.float16 if half else torch.float32).flatten(3, 4)  # [B, Hk, nb, U * P, D]
+        zero = sum(_product(r.expand(-1, -1, nb, -1, -1), z) for r in rows).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
         out = []
-        for d in range(0, D, width):
-            j, first, g = d // (D // P), d % (D // P), d // self.config.group_size
-            code = (w[..., first : first + width] & (2**bits - 1 << bits * j)).float()  # [B, Hk, nb, C, width]
-            a = p * (s[..., g] * 2.0 ** (-bits * j))[:, :, :, None]  # [B, Hk, nb, M, C]
-            out.append(_product(a, code, join=True))  # [B, Hk, M, width]
-        zero = (p[..., None] * z[:, :, :, None]).sum(-2).sum(2)  # [B, Hk, M, D / G]
-        return torch.cat(out, -1) + zero.repeat_interleave(self.config.group_size, -1)
+        for a, (codes, factor) in enumerate(_planes(w, c.k_bits, half)):
+            scale = s[:, :, :, :, a, None]  # [B, Hk, nb, U, 1, D]
+            x = sum(_product(r[:, :, :, None] * scale, codes) for r in rows) * factor  # [B, Hk, nb, U, M, G]
+            x = x.transpose(3, 4) + zero[..., a, None]  # [B, Hk, nb, M, U, G]
+            if x.shape[3] != q.shape[2]:
+                x = x.sum(3, keepdim=True)  # the two parts of a single row
+            out.append(x.flatten(-2) * unit)
+        return out
+
+    def values(self, p, nb, half):
+        """p . V over the packed values of nb blocks: P tensors [B, Hk, nb, M, C / P] -> [B, Hk, nb, M, D] float32."""
+        c, C = self.config, self.block
+        G, P = c.group_size, 8 // c.v_bits
+        U = C // (P * G)
+        w = self.v_packed.narrow(2, 0, nb * U).unflatten(2, (nb, U)).unflatten(4, (-1, G))  # [B, Hk, nb, U, D / G, G, G]
+        w = w.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]: channels of one group, tokens
+        s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
+                for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
+        out = zero = 0
+        for a, (codes, factor) in enumerate(_planes(w, c.v_bits, half)):
+            zero = zero + torch.stack([(p[a] * z[:, :, :, a, g, None]).sum(-1) for g in range(z.shape[4])], 3)  # [.., D / G, M]
+            rows = p[a].to(torch.float16) if half else p[a]
+            if half:
+                rows = rows.as_strided(rows.shape, rows.stride())  # written once; else every product evaluates exp anew
+            out = out + _product(rows[:, :, :, None] * s[:, :, :, a, :, None], codes) * factor  # [B, Hk, nb, D / G, M, G]
+        return (out + zero[..., None]).transpose(3, 4).flatten(-2)
 
     def dequantized(self):
-        """(k, v) [B, Hk, L, D] in the cache's dtype: exactly what attend reads now; zeros beyond a row's own length."""
+        """(k, v) [B, Hk, L, D] float32: exactly what attend reads now; zeros beyond a row's own length."""
         c, L = self.config, self.length
         B, Hk, W, D = self.k_window.shape
-        codes = unpack(self.k_packed.unsqueeze(3), c.k_bits, dim=3)  # [B, Hk, blocks, P, D, G]
-        k = dequantize(codes.transpose(-1, -2).reshape(B, Hk, -1, D), self.k_scale, self.k_zero, dim=2)
-        codes = unpack(self.v_packed.unsqueeze(-2), c.v_bits, dim=-2).flatten(-2)
-        v = dequantize(codes, self.v_scale, self.v_zero)
+        codes = lambda name, bits: unpack(getattr(self, f"{name}_packed").unsqueeze(3), bits, dim=3).flatten(2, 3)
+        meta = lambda name: (getattr(self, f"{name}_{part}").float() for part in ("scale", "zero"))
+        s, z = (x.unsqueeze(3) for x in meta("k"))
+        k = dequantize(codes("k", c.k_bits), s, z, dim=3).flatten(2, 3)
+        s, z = (x.mT for x in meta("v"))
+        v = dequantize(codes("v", c.v_bits).mT, s, z).flatten(2, 3)
         pos = self.pos - 1
         t = torch.arange(L, device=pos.device)
         slot = self.slot(t)[None].expand(B, L)
@@ -441,6 +527,11 @@ class KiviCache(Cache):
         present = (t <= pos[:, None])[:, None, :, None]
         out = []
         for x, window, exact in ((k, self.k_window, exact_k), (v, self.v_window, kept)):
-            held = window.gather(2, slot[:, None, :, None].expand(B, Hk, L, D))
+            held = window.float().gather(2, slot[:, None, :, None].expand(B, Hk, L, D))
             out.append(torch.where(present, torch.where(exact[:, None, :, None], held, x[:, :, :L]), 0))
         return tuple(out)
+
+
+def put(byte, codes, shift, bits):
+    """`byte` with the plane at `shift` replaced by codes, all uint8; shift is a tensor."""
+    return (byte & ~((1 << bits) - 1 << shift) | codes.to(shift.dtype) << shift).to(torch.uint8)

@@ -20,13 +20,13 @@ def _tiny(dtype):
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
-def group_codes(x, bits):
-    """`quantize` for x already grouped along its last dimension, without any check: safe inside a compiled graph.
+def group_codes(x, bits, dim=-1):
+    """`quantize` where all of dimension `dim` of x is one group, without any check: safe inside a compiled graph.
 
-    x [..., G] -> codes uint8 [..., G], scale [..., 1], zero [..., 1] in x.dtype
+    x [.., G, ..] -> codes uint8 like x; scale, zero in x.dtype with G -> 1
     """
     top = 2**bits - 1
-    zero, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    zero, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     scale = ((high.float() - zero.float()) / top).to(x.dtype)
     # A constant group would divide 0 by 0 (NaN codes); a range so small that its scale rounds to 0 keeps one subnormal step.
     scale = torch.where(high > zero, scale.clamp_min(_tiny(x.dtype)), torch.ones_like(scale))

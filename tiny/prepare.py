@@ -35,7 +35,8 @@ def train_tokenizer(texts):
 
 
 def prepare(corpus, out, seed):
-    """Writes tokenizer.json and tokens.safetensors: train [N], held_out [M], held_back [books, ROW]; int16."""
+    """Writes tokenizer.json, tokenizer_config.json and tokens.safetensors (int16): train [N], held_out [M], one row a book
+    held_back [books, ROW]."""
     with open(corpus / "manifest.tsv", newline="", encoding="utf-8") as f:
         titles = [row["title"] for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
     texts = [text.strip() for name in ("children.txt", "prose.txt")
@@ -52,6 +53,9 @@ def prepare(corpus, out, seed):
         rows["held_out" if title in HELD_OUT else "train"] += tok.encode(text).ids + [2]  # <s> book </s>
     save_file({k: torch.tensor(v, dtype=torch.int16) for k, v in rows.items()}, out / "tokens.safetensors")
     tok.save(str(out / "tokenizer.json"))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                  model_max_length=4096, clean_up_tokenization_spaces=False)
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():

@@ -5,11 +5,10 @@
 Seven rows of ten are windows of story text. The others make the model *use* its context: facts are hidden in story
 text and asked for at the end (a pass key, who hid what where, keys and values, a song to repeat), and the loss on an
 answer counts ANSWER_WEIGHT times. The first 60 % of the training run at 1,024 tokens, then three steps of four at
-4,096. The learning rate falls linearly to 0 in progress = max(time / --minutes, tokens / --tokens), on any machine.
-
+4,096. The schedule is a function of time / --minutes: the learning rate falls linearly to 0, on any machine.
 Deliberately absent: several GPUs, gradient accumulation, document masks (packed documents see their predecessors).
 """
-import argparse, json, math, os, random, time
+import argparse, json, math, random, time
 from array import array
 from pathlib import Path
 
@@ -23,23 +22,21 @@ PASSKEY = ("The pass key is {key}. Remember it. {key} is the pass key.",  # key:
            "What is the pass key? The pass key is", "{key}.")
 HIDDEN = ("{name} hid the {thing} in the {place}.",
           "Where did {name} hide the {thing}? {name} hid the {thing} in the", "{place}.")
-LIST = ("Key {thing}: {value}.", "What is the value of {thing}? The value of {thing} is", "{value}.")  # value: 100 .. 999
+LIST = ("Key {thing}: {value}.", "What is the value of {thing}? The value of {thing} is", "{value}.")
 SONG = "The old song goes:"  # a paragraph before the song and before its repetition
 PROMPTS = "Once upon a time there was a", "The old man opened the door and", '"Where are you going?" asked'
-NAMES = """Alice Anna Arthur Ben Bess Charles Clara Daniel David Dick Dora Edward Ellen Emily Frank George Grace Hannah
-    Harry Helen Henry Jack James Jane Jim Joe John Kate Laura Lucy Martha Mary Ned Oliver Peter Polly Rose Sam Tom Will""".split()
-THINGS = """apple arrow axe bag ball basket bell boat book boot bottle bow box bread brush button cake candle chain chair
-    clock coat coin cup doll dress drum fan feather flag flower fork glass glove hammer hat horn jar key kettle knife lamp
-    letter map mirror needle paper pen pipe plate purse ring rope saddle shell shoe spoon stone sword table watch""".split()
-PLACES = """attic barn castle cave cellar chapel church cottage ditch forest garden hall harbor hut kitchen library mill
-    oven palace pantry pond school ship shop stable station swamp tent tower tunnel valley village wagon well yard""".split()
-BOS, EOS, HEAD, SHORT, LONG, BATCH_TOKENS = 1, 2, 64, 1024, 4096, 131072
-SYNTHETIC, ANSWER_WEIGHT, PEAK_LR, WARM_UP, DROPOUT, WEIGHT_DECAY = 0.3, 8, 2e-3, 200, 0.1, 0.1
+NAMES = "Alice Anna Arthur Ben Clara Daniel Emily Frank Grace Harry Helen Jack Jane Joe Kate Lucy Mary Tom".split()
+THINGS = """apple arrow axe bag ball bell boat book boot bottle bow box bread brush button cake candle chain chair
+    clock coat coin cup doll dress drum fan flag flower fork glove hammer hat horn jar key knife lamp letter map mirror
+    needle paper pen pipe plate purse ring rope shell shoe spoon stone sword table""".split()
+PLACES = "barn castle cave church cottage forest garden kitchen library mill palace pond school ship shop".split()
+BOS, EOS, HEAD, SHORT, LONG, BATCH_TOKENS, WORKERS = 1, 2, 64, 1024, 4096, 131072, 6  # workers: of each length
+SYNTHETIC, ANSWER_WEIGHT, PEAK_LR, WARM_UP, DROPOUT = 0.3, 8, 2e-3, 200, 0.1
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=768,
-    num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD, hidden_act="silu", rms_norm_eps=1e-5,
-    rope_theta=10000.0, max_position_embeddings=LONG, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-    initializer_range=0.02, bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
+    num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD, hidden_act="silu",
+    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=LONG, tie_word_embeddings=True,
+    bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
 
 
 class Rows(torch.utils.data.IterableDataset):
@@ -52,24 +49,22 @@ class Rows(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         self.rng = random.Random(f"{self.seed} {self.length} {worker.id if worker else 0}")
-        B = BATCH_TOKENS // (self.length - 1)
         while True:
-            rows = [self.packed_row() if self.rng.random() < SYNTHETIC else self.window(self.length) for _ in range(B)]
+            rows = (self.packed_row() if self.rng.random() < SYNTHETIC else self.document(self.length)
+                    for _ in range(BATCH_TOKENS // (self.length - 1)))
             yield torch.stack([torch.frombuffer(row, dtype=torch.int16) for row in rows])
 
     def text(self, n):
         start = self.tokens.index(self.gap, self.rng.randrange(len(self.tokens) - n - 8192)) + 1
         return self.tokens[start:start + n]
 
-    def window(self, n):
-        return array("h", [BOS]) + self.text(n - 1)
-
     def packed_row(self):
         """Documents of 256 tokens to a whole row, one after the other."""
         row = array("h")
         while room := self.length - len(row):
             n = room if self.rng.random() < 0.5 else int(256 * max(1, room / 256) ** self.rng.random())
-            row += self.window(room) if room < 256 else self.document(n, *self.task(n))
+            kind = self.rng.choices((PASSKEY, HIDDEN, LIST, SONG), (4, 2, 2, 2))[0]
+            row += self.document(room) if room < 256 else self.document(n, *self.task(n, kind))
         return row
 
     def say(self, text, paragraph=True):
@@ -77,47 +72,46 @@ class Rows(torch.utils.data.IterableDataset):
         ids = self.tok.encode("\n\n" * paragraph + text, add_special_tokens=False).ids
         return array("h", ids[paragraph:])  # without the lone space that the tokenizer puts before "\n\n"
 
-    def task(self, n):
+    def task(self, n, kind):
         """Facts to hide in a document of n tokens, and pairs of question and answer."""
-        rng, kind = self.rng, self.rng.choices((PASSKEY, HIDDEN, LIST, SONG), (4, 2, 2, 2))[0]
+        rng, say = self.rng, self.say
         if kind is SONG:
-            cue, song = self.say(SONG) + array("h", [self.gap]), self.text(rng.randint(24, min(512, n // 4)))
+            cue, song = say(SONG) + array("h", [self.gap]), self.text(rng.randint(24, min(512, n // 4)))
             return [cue + song], [(cue, song)]
         if kind is PASSKEY:
-            return self.facts_and_asks(kind, [dict(key=rng.randint(10000, 99999))])
-        if kind is HIDDEN:
+            items = [dict(key=rng.randint(10000, 99999))]
+        elif kind is HIDDEN:
             words = zip(*(rng.sample(w, 4) for w in (NAMES, THINGS, PLACES)))
-            return self.facts_and_asks(kind, [dict(zip(("name", "thing", "place"), w)) for w in words][:rng.randint(1, 4)])
-        things = rng.sample(THINGS, rng.randint(4, min(40, n // 24)))
-        return self.facts_and_asks(kind, [dict(thing=thing, value=rng.randint(100, 999)) for thing in things])
+            items = [dict(zip(("name", "thing", "place"), w)) for w in words][:rng.randint(1, 4)]
+        else:
+            things = rng.sample(THINGS, rng.randint(4, min(40, n // 24)))
+            items = [dict(thing=thing, value=rng.randint(100, 999)) for thing in things]
+        facts, asked = [kind[0].format(**i) for i in items], rng.sample(items, rng.randint(1, min(4, len(items))))
+        answers = [array("h", [-token for token in say(kind[2].format(**i), False)]) for i in asked]
+        return ([say(fact) for fact in ([" ".join(facts)] if kind is LIST else facts)],
+                [(say(kind[1].format(**i)), answer) for i, answer in zip(asked, answers)])
 
-    def facts_and_asks(self, kind, items):
-        facts, asked = [kind[0].format(**i) for i in items], self.rng.sample(items, self.rng.randint(1, min(4, len(items))))
-        answers = [array("h", [-token for token in self.say(kind[2].format(**i), False)]) for i in asked]
-        return ([self.say(fact) for fact in ([" ".join(facts)] if kind is LIST else facts)],
-                [(self.say(kind[1].format(**i)), answer) for i, answer in zip(asked, answers)])
-
-    def document(self, n, facts, asks):
-        """BOS, story with the facts between its paragraphs at random depths, questions and answers, EOS: n tokens."""
-        story = self.text(n - 2 - sum(map(len, facts)) - sum(len(q) + len(a) for q, a in asks))
+    def document(self, n, facts=(), asks=()):
+        """n tokens: BOS, story with the facts between its paragraphs at random depths, questions and answers, EOS."""
+        end = array("h", [EOS] * bool(asks))  # plain story just breaks off
+        story = self.text(n - 1 - sum(map(len, facts)) - sum(len(q) + len(a) for q, a in asks) - len(end))
         ends = [i for i, token in enumerate(story) if token == self.gap] + [len(story)]
         ids, at = array("h", [BOS]), 0
         for fact, cut in zip(facts, sorted(self.rng.choices(ends, k=len(facts)))):
             ids, at = ids + story[at:cut] + fact, cut
-        return sum((q + a for q, a in asks), ids + story[at:]) + array("h", [EOS])
+        return sum((q + a for q, a in asks), ids + story[at:]) + end
 
 
 def initial_weights():
     """Hugging Face's names and shapes for LlamaForCausalLM (lm_head is tied to embed_tokens); projections [out, in]."""
     C, M, V, L = (CONFIG[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
     q, kv = CONFIG["num_attention_heads"] * HEAD, CONFIG["num_key_value_heads"] * HEAD
-    layer = {"input_layernorm": (C,), "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C),
-             "self_attn.o_proj": (C, q), "post_attention_layernorm": (C,), "mlp.gate_proj": (M, C), "mlp.up_proj": (M, C),
-             "mlp.down_proj": (C, M)}
+    layer = {"input_layernorm": (C,), "self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C),
+             "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q), "post_attention_layernorm": (C,),
+             "mlp.gate_proj": (M, C), "mlp.up_proj": (M, C), "mlp.down_proj": (C, M)}
     shapes = {"embed_tokens": (V, C), "norm": (C,)} | {f"layers.{i}.{n}": s for i in range(L) for n, s in layer.items()}
-    deep = lambda n: math.sqrt(2 * L) if n.endswith(("o_proj", "down_proj")) else 1  # keeps the residual stream's size
-    return {f"model.{n}.weight": torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.02 / deep(n)
-            for n, s in shapes.items()}
+    std = lambda n: 0.02 / (math.sqrt(2 * L) if n.endswith(("o_proj", "down_proj")) else 1)
+    return {f"model.{n}.weight": torch.randn(s) * std(n) if len(s) == 2 else torch.ones(s) for n, s in shapes.items()}
 
 
 @torch.compile(dynamic=False)  # one layer, not the model: compiled once per length and shared by all layers
@@ -143,7 +137,8 @@ def hidden(w, ids, dropout=0.0):
         x = x.bfloat16()  # else autocast keeps the residual stream in float32: twice the bytes everywhere
     for i in range(CONFIG["num_hidden_layers"]):
         own = f"model.layers.{i}."
-        x = layer(x, {n[len(own):-len(".weight")]: p for n, p in w.items() if n.startswith(own)}, angle.cos(), angle.sin(), dropout)
+        own = {n[len(own):-len(".weight")]: p for n, p in w.items() if n.startswith(own)}
+        x = layer(x, own, angle.cos(), angle.sin(), dropout)
     return F.rms_norm(x, x.shape[-1:], w["model.norm.weight"], CONFIG["rms_norm_eps"])
 
 
@@ -155,7 +150,7 @@ def token_losses(h, embedding, target):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def evaluate(w, data, tok, seed, trials, rows):
-    """Perplexity of rows of 1,024 tokens and the share of pass keys found in held-out text, in the weights' precision."""
+    """Perplexity in rows of 1,024 tokens and the share of pass keys found in held-out text, in the weights' dtype."""
     embedding, report = w["model.embed_tokens.weight"], {}
     for name, ids in data.items():
         if name != "held_back":
@@ -166,9 +161,7 @@ def evaluate(w, data, tok, seed, trials, rows):
     for length in (1024, 2048, 4096):
         source, found = Rows(data["held_out"], tok, length, seed), 0
         for _ in range(trials):  # greedy decoding finds a key just when every digit is the argmax after the true ones
-            key = [dict(key=source.rng.randint(10000, 99999))]
-            row = source.document(length, *source.facts_and_asks(PASSKEY, key))
-            x = torch.tensor([row.tolist()], device=embedding.device)
+            x = torch.tensor([list(source.document(length, *source.task(length, PASSKEY)))], device=embedding.device)
             best = F.linear(hidden(w, x[:, :-1].abs()), embedding).argmax(-1)
             found += ((best == -x[:, 1:]) | (x[:, 1:] > 0)).all().item()
         report[f"passkey {length}"] = round(found / trials, 4)
@@ -188,28 +181,22 @@ def sample(w, tok, prompt, n=160, temperature=0.8):
 
 def save(w, out):
     save_file({n: p.detach().bfloat16() for n, p in w.items()}, out / "model.safetensors", metadata={"format": "pt"})
-    generation = dict(bos_token_id=BOS, eos_token_id=EOS, do_sample=True, temperature=0.8)
-    for name, value in (("config", CONFIG), ("generation_config", generation)):
+    for name, value in dict(config=CONFIG, generation_config=dict(bos_token_id=BOS, eos_token_id=EOS)).items():
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
 def main():
-    ap = argparse.ArgumentParser(description="train the small Llama of this folder")
+    ap = argparse.ArgumentParser()
     ap.add_argument("--out", type=Path, required=True, help="the folder that prepare.py wrote; gets the model as well")
-    ap.add_argument("--minutes", type=float, default=7, help="time limit of the training, without the last evaluation")
-    ap.add_argument("--tokens", type=float, default=2e9, help="token limit")
-    ap.add_argument("--workers", type=int, default=6, help="processes that make batches, for each of the two lengths")
+    ap.add_argument("--minutes", type=float, default=7, help="duration of the training, without the last evaluation")
     ap.add_argument("--seed", type=int, default=1)
-    ap.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args, start = ap.parse_args(), time.perf_counter()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are forks
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
     data, tok = load_file(args.out / "tokens.safetensors"), Tokenizer.from_file(str(args.out / "tokenizer.json"))
     device, checkpoint = "cuda" if torch.cuda.is_available() else "cpu", args.out / "state.pt"
     torch.manual_seed(args.seed)
     w = {n: p.to(device).requires_grad_() for n, p in initial_weights().items()}
-    groups = [dict(params=[p for p in w.values() if p.dim() == d], weight_decay=WEIGHT_DECAY * (d == 2)) for d in (1, 2)]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    groups = [dict(params=[p for p in w.values() if p.dim() == d], weight_decay=(d - 1) * 0.1) for d in (1, 2)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     state = dict(step=0, tokens=0, seconds=0.0, log=[])
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -219,10 +206,11 @@ def main():
             p.data.copy_(saved["weights"][n])
     seed, start = args.seed + state["step"], start - state["seconds"]  # a resumed run draws other rows, other dropout
     torch.manual_seed(seed)
-    batches = {T: iter(torch.utils.data.DataLoader(Rows(data["train"], tok, T + 1, seed), None, num_workers=args.workers,
-                                                   pin_memory=device == "cuda")) for T in (SHORT, LONG)}
-    last, saved_at = dict(state), state["seconds"]
-    while (progress := max(state["seconds"] / 60 / args.minutes, state["tokens"] / args.tokens)) < 1:
+    rows = {T: Rows(data["train"], tok, T + 1, seed) for T in (SHORT, LONG)}
+    batches = {T: iter(torch.utils.data.DataLoader(r, None, num_workers=WORKERS, pin_memory=True))
+               for T, r in rows.items()}
+    printed, stored = dict(state), state["seconds"]
+    while (progress := state["seconds"] / 60 / args.minutes) < 1:
         T = LONG if progress > 0.6 and state["step"] % 4 else SHORT
         x = next(batches[T]).to(device, torch.long, non_blocking=True)  # [B, T + 1]
         weight, x = 1.0 + (ANSWER_WEIGHT - 1) * (x[:, 1:] < 0).flatten(), x.abs()
@@ -237,19 +225,20 @@ def main():
         optimizer.zero_grad()
         seconds = time.perf_counter() - start
         state |= dict(step=state["step"] + 1, tokens=state["tokens"] + BATCH_TOKENS, seconds=seconds)
-        if seconds - last["seconds"] > 10:
-            speed = (state["tokens"] - last["tokens"]) / (seconds - last["seconds"])
-            state["log"].append(dict(step=state["step"], length=T, loss=round(loss.item(), 4), tokens_per_s=round(speed)))
-            print(state["log"][-1], f"ETA {(seconds + 1) * (1 / (progress + 1e-3) - 1):.0f} s", flush=True)
-            last = dict(state)
-        if seconds - saved_at > 60:
-            saved_at = seconds
+        if seconds - printed["seconds"] > 10:
+            speed = (state["tokens"] - printed["tokens"]) / (seconds - printed["seconds"])
+            report = dict(step=state["step"], length=T, loss=round(loss.item(), 4), tokens_per_s=round(speed))
+            print(report, f"ETA {60 * args.minutes - seconds:.0f} s", flush=True)
+            printed = dict(state, log=state["log"].append(report))
+        if seconds - stored > 60:
+            stored = seconds
             save(w, args.out)
-            torch.save(dict(weights=w, optimizer=optimizer.state_dict(), state=state), checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            torch.save(dict(weights=w, optimizer=optimizer.state_dict(), state=state), args.out / "state.tmp")
+            (args.out / "state.tmp").replace(checkpoint)  # never a half-written one
             state["log"].append(evaluate(w, data, tok, args.seed, trials=8, rows=64))
             print(state["log"][-1], flush=True)
-    w = {n: p.to(device, torch.float32) for n, p in load_file(args.out / "model.safetensors").items()}
+    save(w, args.out)
+    w = {n: p.to(device, torch.float32) for n, p in load_file(args.out / "model.safetensors").items()}  # as shipped
     state |= dict(final=evaluate(w, data, tok, args.seed, trials=128, rows=500), torch=torch.__version__,
                   samples=[sample(w, tok, prompt) for prompt in PROMPTS])
     (args.out / "log.json").write_text(json.dumps(state, indent=1) + "\n")
