@@ -25,6 +25,7 @@ The window of exact tokens is S pinned sink slots and a ring of R + 1; it still 
 may run before or after the attention. Deliberately absent: eviction, paging, rollback, several tokens per step.
 """
 from dataclasses import dataclass
+from functools import reduce
 from math import lcm
 
 import torch
@@ -104,18 +105,33 @@ def _planes(packed, bits, half):
     return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]
 
 
-def _product(rows, codes):
-    """rows [.., M, X] . codes [.., Y, X] -> [.., M, Y] float32: one product for both halves of attention, three ways to run it.
+def _product(*terms):
+    """Sum of factor * (rows [.., M, X] . codes [.., Y, X]) over the terms (rows, codes, factor): [.., M, Y] float32.
 
-    CUDA, compiled: one `tl.dot` (Inductor's native_matmul) with `codes` unpacked on the way to the tensor core.
-    CPU, compiled: a matrix product would first write `codes` out at full precision, so one sum a row, which Inductor fuses
-    with the unpacking into one loop over the packed bytes. Eager: a plain matrix product.
+    The one product of both halves of attention, run in one of three ways:
+    CUDA, compiled: one `tl.dot` a term (Inductor's native_matmul), all in one kernel, with `codes` unpacked on the way to the
+    tensor core. CPU, compiled: a matrix product would first write `codes` out at full precision, so one sum a row, which
+    Inductor fuses with the unpacking into one loop over the packed bytes. Eager: plain matrix products.
     """
+    M, codes = terms[0][0].shape[-2], terms[0][1]
     if codes.dtype == torch.float16:
-        return (codes @ rows.to(torch.float16).mT).float().mT  # `rows` second: 8 columns are padded, not 16 rows
+        if M == 1:  # a product with one row would go to the library, with unpacked codes
+            return _product(*((r.expand(*r.shape[:-2], 2, -1), *rest) for r, *rest in terms))[..., :1, :]
+        return _stored(sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)).mT  # `rows` second: padded to 8, not 16
     if torch.compiler.is_compiling() and codes.device.type == "cpu":
-        return torch.stack([(rows[..., m, None, :] * codes).sum(-1) for m in range(rows.shape[-2])], -2)
-    return rows.contiguous() @ codes.contiguous().mT  # one layout, one algorithm: a row does not depend on its batch
+        return torch.stack([sum(r[..., m, None, :] * c * factor for r, c, factor in terms).sum(-1) for m in range(M)], -2)
+    # Contiguous operands always take one algorithm, so that a row's result does not depend on its batch.
+    return sum((rows.contiguous() @ codes.contiguous().mT) * factor for rows, codes, factor in terms)
+
+
+def _stored(x):
+    """x, written to memory by the kernel that computes it.
+
+    Inductor lays out the result of a product in the type of its operands, float16 here, unless float32 arithmetic on it ends
+    in a store of the same kernel; and what it does not store it evaluates again for every reader. `as_strided` is the one
+    operation that needs real strides and so forces the store.
+    """
+    return x.as_strided(x.shape, x.stride())
 
 
 def _halves(q):
@@ -434,7 +450,7 @@ class KiviCache(Cache):
         scores = self.scores(q, nb, half, unit)  # P of [B, Hk, nb, M, C / P]: plane by plane
         P = len(scores)
         held = self.slot_tokens(pos)  # [B, W] token of each window slot
-        window = _product(q.to(number), self.k_window.to(number)) * unit  # [B, Hk, M, W]
+        window = _product((q.to(number), self.k_window.to(number), unit))  # [B, Hk, M, W]
         # Between the K and the V boundary the key is quantized and the value exact: those scores come from the planes.
         exact = (held < S) | (held >= (pos // c.residual * c.residual)[:, None])
         t = held.clamp(0, nb * C - 1)
@@ -451,16 +467,16 @@ class KiviCache(Cache):
         scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(packed, P))]
         if c.k_bits != c.v_bits:
             scores = self.split(self.join(scores), 8 // c.v_bits)
-        top = torch.stack([x.amax(-1) for x in scores]).amax(0)  # [B, Hk, nb, M]
+        top = reduce(torch.maximum, scores).amax(-1)  # [B, Hk, nb, M]
         p = [(x - top[..., None]).exp() for x in scores]
-        total = torch.stack([x.sum(-1) for x in p]).sum(0)  # [B, Hk, nb, M]
+        total = sum(p).sum(-1)  # [B, Hk, nb, M]
         out = self.values(p, nb, half)  # [B, Hk, nb, M, D]
 
         best = torch.maximum(top.amax(2), window.amax(-1))  # [B, Hk, M]
         weight = (top - best[:, :, None]).exp()  # of each block
         w = (window - best[..., None]).exp()  # [B, Hk, M, W]
         total = _over_blocks(weight * total) + w.sum(-1)
-        out = _over_blocks(weight[..., None] * out) + _product(w.to(number), self.v_window.to(number).mT)  # [B, Hk, M, D]
+        out = _over_blocks(weight[..., None] * out) + _product((w.to(number), self.v_window.to(number).mT, 1.0))
         return (out / total[..., None]).view(B, H, 1, D).to(dtype)
 
     def split(self, x, planes):
@@ -480,15 +496,15 @@ class KiviCache(Cache):
         s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)) for x in (self.k_scale, self.k_zero))  # [.., U, P, D]
         rows = [r[:, :, None] for r in (_halves(q) if half else [q.float()])]  # [B, Hk, 1, M, D]
         z = z.to(torch.float16 if half else torch.float32).flatten(3, 4)  # [B, Hk, nb, U * P, D]
-        zero = sum(_product(r.expand(-1, -1, nb, -1, -1), z) for r in rows).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
+        zero = _product(*((r.expand(-1, -1, nb, -1, -1), z, unit) for r in rows)).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
         out = []
         for a, (codes, factor) in enumerate(_planes(w, c.k_bits, half)):
             scale = s[:, :, :, :, a, None]  # [B, Hk, nb, U, 1, D]
-            x = sum(_product(r[:, :, :, None] * scale, codes) for r in rows) * factor  # [B, Hk, nb, U, M, G]
+            x = _product(*((r[:, :, :, None] * scale, codes, factor * unit) for r in rows))  # [B, Hk, nb, U, M, G]
             x = x.transpose(3, 4) + zero[..., a, None]  # [B, Hk, nb, M, U, G]
             if x.shape[3] != q.shape[2]:
                 x = x.sum(3, keepdim=True)  # the two parts of a single row
-            out.append(x.flatten(-2) * unit)
+            out.append(x.flatten(-2))
         return out
 
     def values(self, p, nb, half):
@@ -500,14 +516,11 @@ class KiviCache(Cache):
         w = w.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]: channels of one group, tokens
         s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
                 for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
-        out = zero = 0
-        for a, (codes, factor) in enumerate(_planes(w, c.v_bits, half)):
-            zero = zero + torch.stack([(p[a] * z[:, :, :, a, g, None]).sum(-1) for g in range(z.shape[4])], 3)  # [.., D / G, M]
-            rows = p[a].to(torch.float16) if half else p[a]
-            if half:
-                rows = rows.as_strided(rows.shape, rows.stride())  # written once; else every product evaluates exp anew
-            out = out + _product(rows[:, :, :, None] * s[:, :, :, a, :, None], codes) * factor  # [B, Hk, nb, D / G, M, G]
-        return (out + zero[..., None]).transpose(3, 4).flatten(-2)
+        if half:
+            p = [_stored(x.to(torch.float16)) for x in p]
+        zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
+        terms = [(x[:, :, :, None] * s[:, :, :, a, :, None], *plane) for a, (x, plane) in enumerate(zip(p, _planes(w, c.v_bits, half)))]
+        return (_product(*terms) + zero[..., None]).transpose(3, 4).flatten(-2)  # sums [B, Hk, nb, D / G, M, G]
 
     def dequantized(self):
         """(k, v) [B, Hk, L, D] float32: exactly what attend reads now; zeros beyond a row's own length."""
@@ -530,6 +543,71 @@ class KiviCache(Cache):
             held = window.float().gather(2, slot[:, None, :, None].expand(B, Hk, L, D))
             out.append(torch.where(present, torch.where(exact[:, None, :, None], held, x[:, :, :L]), 0))
         return tuple(out)
+
+
+def compile_options(device):
+    """Options of `torch.compile` under which the attention over a KiviCache is fast: pass them as `options=`.
+
+    CUDA: products become `tl.dot` inside Inductor's own kernels (native_matmul), so that the unpacking fuses with them; the
+    limits let all planes share one kernel, which reads every byte once; `launches` fixes the tiles of those kernels.
+    """
+    if torch.device(device).type != "cuda":
+        return {}
+    return {
+        "triton.native_matmul": True,
+        "inductor_choices_class": launches,
+        "max_fusion_size": 2048,
+        "realize_opcount_threshold": 10**5,
+        "realize_reads_threshold": 1000,
+        "realize_acc_reads_threshold": 1000,
+        "shape_padding": False,
+    }
+
+
+def launches():
+    """Inductor's `inductor_choices_class`: one fixed launch for every `tl.dot` kernel.
+
+    Tiles of 32 packed rows and 8 query rows in one warp were the fastest of those measured (results/); Inductor's own lists
+    start at tiles many times larger, which spill, and timing them takes a minute a kernel.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen.triton import FixedTritonConfig
+
+    def is_dot(features):
+        nodes = (getattr(n, "node", None) for n in features.scheduler_nodes())
+        return any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes)
+
+    class Launches(InductorChoices):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            if is_dot(features):
+                tile = {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3}
+                kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(tile)}
+            return kernel_kwargs
+
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            if is_dot(features):
+                return False
+            n = features.reduction_numel  # a sympy number, or a symbol
+            short = str(n).isdigit() and int(n) <= 512  # the softmax of a block: one pass instead of three
+            return short or InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+        @staticmethod
+        def can_fuse(scheduler, node1, node2, shared_data_score):
+            # A heuristic against peak memory would leave the sum of two products outside their kernel, in float16.
+            if node1.is_native_matmul() or node2.is_native_matmul():
+                return shared_data_score > 0
+            return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
+
+        @staticmethod
+        def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
+            # A sum over the window would be cut in two kernels.
+            return 1 if reduction_numel <= 8192 else InductorChoices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
+
+        def uuid(self):
+            return "kivi-1"  # part of the key of the compile caches: change it with the tile
+
+    return Launches()
 
 
 def put(byte, codes, shift, bits):
