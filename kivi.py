@@ -62,27 +62,36 @@ class KVConfig:
         if self.sink < 0:
             raise ValueError(f"sink must be 0 or more tokens, got {self.sink}")
 
-    def block(self, max_len):
-        """Tokens in the unit that attention reads and capacity is rounded to.
+    @property
+    def unit(self):
+        """Tokens in the unit that capacity is rounded to: whole residuals, and whole bytes at any number of bits."""
+        return lcm(self.residual, 8 // min(BITS) * self.group_size)
 
-        Whole residuals and whole bytes at any number of bits; longer caches have longer blocks (up to 1,024 tokens), since
-        every block of every head writes a partial result.
-        """
-        unit = lcm(self.residual, 8 // min(BITS) * self.group_size)
-        return unit << min(max(max_len // (16 * unit), 1), max(1024 // unit, 1)).bit_length() - 1
+    def block(self, max_len):
+        """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
+        return self.unit * max(1, (512 if max_len < 16384 else 1024) // self.unit) if max_len >= 8192 else self.unit
+
+    def blocks(self, max_len):
+        """Blocks that attention can come to read: the codes of K reach up to the last full R before the newest token."""
+        return max(1, -(-((max_len - 1) // self.residual * self.residual) // self.block(max_len)))
 
     def capacity(self, max_len):
-        """Tokens a row of the buffers holds: max_len rounded up to whole blocks."""
-        return -(-max_len // self.block(max_len)) * self.block(max_len)
+        """Tokens a row of the buffers holds: max_len in whole units, and more than attention reads.
+
+        Were a full cache read whole, the slice of its buffers would be contiguous; the compiled step has seen it otherwise
+        and would compile once more at that moment.
+        """
+        read = self.blocks(max_len) * self.block(max_len)
+        return max(-(-max_len // self.unit) * self.unit, read + (self.unit if self.blocks(max_len) > 2 else 0))
 
     def parts(self, batch, n_kv_heads, max_len, head_dim, dtype):
-        """Bytes of one layer's cache by part, from shapes alone: {"codes", "metadata", "window", "positions"}."""
+        """Bytes of one layer's cache by part, from shapes alone: codes, metadata, window, positions."""
         rows, T = batch * n_kv_heads, self.capacity(max_len)
         return {
             "codes": rows * T * head_dim * (self.k_bits + self.v_bits) // 8,
             "metadata": rows * T * head_dim // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
             "window": rows * (self.sink + self.residual + 1) * head_dim * 2 * dtype.itemsize,
-            "positions": batch * 8 + T // self.block(max_len) * 8,
+            "positions": batch * 8 + self.blocks(max_len) * 8,
         }
 
     def bytes(self, batch, n_kv_heads, max_len, head_dim, dtype):
@@ -159,14 +168,14 @@ class Cache(nn.Module):
     `prefill`, `append` and `attend` are the checked interface on top of them.
     """
 
-    def __init__(self, batch, max_len, block, capacity, device):
+    def __init__(self, batch, max_len, block, blocks, device):
         super().__init__()
         if batch < 1 or max_len < 1:
             raise ValueError(f"a cache needs at least one row and one token, got batch {batch} and max_len {max_len}")
         self.batch, self.max_len, self.block = batch, max_len, block
         self.lengths = [0] * batch
         self.register_buffer("pos", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("index", torch.arange(capacity // block, device=device), persistent=False)
+        self.register_buffer("index", torch.arange(blocks, device=device), persistent=False)
 
     @property
     def length(self):
@@ -191,13 +200,12 @@ class Cache(nn.Module):
         Its shape is the one dynamic shape of a decode step.
         bucket  rounds nb up to four sizes an octave (4, 5, 6, 7, 8, 10, ..): one CUDA graph each, at most 25 % read in vain
         """
-        nb = max(1, -(-length // self.block))
+        nb = max(2, -(-length // self.block))  # the compiler specializes on 1
         if bucket and nb > 8:
             step = 1 << (nb - 1).bit_length() - 3
             nb = -(-nb // step) * step
         blocks = self.index[:nb]
-        # A merely dynamic size would recompile at 1, and once more when the blocks fill the whole buffer.
-        torch._dynamo.decorators.mark_unbacked(blocks, 0)
+        torch._dynamo.maybe_mark_dynamic(blocks, 0)
         return blocks
 
     def prefill(self, k, v, lengths=None):
@@ -216,11 +224,11 @@ class Cache(nn.Module):
             raise ValueError(f"lengths must lie in 1 .. {L} (the padded prompt), got {lengths}")
         if L > self.max_len and max(lengths) > self.max_len:
             raise ValueError(f"a prompt of {max(lengths)} tokens exceeds the cache's capacity of {self.max_len}")
-        self.pos.copy_(torch.tensor(lengths))
-        real = torch.arange(L, device=k.device) < self.pos[:, None]  # [B, L]
+        real = torch.arange(L, device=k.device) < torch.tensor(lengths, device=k.device)[:, None]  # [B, L]
         for name, x in (("k", k), ("v", v)):
             if not torch.isfinite(x).transpose(1, 2)[real].all():
                 raise ValueError(f"{name} holds NaN or inf: the cache cannot quantize it")
+        self.pos.copy_(torch.tensor(lengths))
         self.fill(k, v, self.pos)
         self.lengths[:] = lengths
 
@@ -251,21 +259,20 @@ class FullCache(Cache):
     BLOCK = 128
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, dtype=torch.float32, device="cpu"):
-        super().__init__(batch, max_len, self.BLOCK, self.capacity(max_len), device)
-        shape = batch, n_kv_heads, self.capacity(max_len), head_dim
+        super().__init__(batch, max_len, self.BLOCK, -(-max_len // self.BLOCK), device)
         for name in "kv":
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("row", torch.arange(batch, device=device), persistent=False)
+            buffer = torch.zeros(batch, n_kv_heads, self.capacity(max_len), head_dim, dtype=dtype, device=device)
+            self.register_buffer(name, buffer, persistent=False)
 
     @classmethod
     def capacity(cls, max_len):
-        return -(-max_len // cls.BLOCK) * cls.BLOCK
+        return -(-max_len // cls.BLOCK) * cls.BLOCK + 1  # see KVConfig.capacity
 
     @classmethod
     def bytes(cls, batch, n_kv_heads, max_len, head_dim, dtype):
         """Bytes of one layer's cache: what `FullCache(...).nbytes` will be."""
         T = cls.capacity(max_len)
-        return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 16 + T // cls.BLOCK * 8
+        return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 8 + T // cls.BLOCK * 8
 
     def fill(self, k, v, lengths):
         L = min(k.shape[2], self.k.shape[2])
@@ -274,8 +281,9 @@ class FullCache(Cache):
         self.v[:, :, :L] = torch.where(real, v[:, :, :L], 0)
 
     def update(self, k, v, pos):
-        self.k[self.row, :, pos] = k[:, :, 0].to(self.k.dtype)
-        self.v[self.row, :, pos] = v[:, :, 0].to(self.v.dtype)
+        row = torch.arange(self.batch, device=pos.device)
+        self.k[row, :, pos] = k[:, :, 0].to(self.k.dtype)
+        self.v[row, :, pos] = v[:, :, 0].to(self.v.dtype)
 
     def due(self):
         return False
@@ -306,7 +314,7 @@ class KiviCache(Cache):
                  dtype=torch.float32, device="cpu"):
         c = KVConfig(k_bits, v_bits, group_size, residual, sink)
         c.check(head_dim)
-        super().__init__(batch, max_len, c.block(max_len), c.capacity(max_len), device)
+        super().__init__(batch, max_len, c.block(max_len), c.blocks(max_len), device)
         self.config = c
         B, Hk, D, G, W, T = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len)
 

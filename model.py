@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
-from kivi import PRESETS, FullCache, KiviCache
+from kivi import PRESETS, FullCache, KiviCache, compile_options
 
 SUPPORTED = {  # architectures entry of config.json -> what its config.json leaves unsaid
     "LlamaForCausalLM": {},
@@ -254,7 +254,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens, lengths=None):
-        """Whole prompts at once: tokens [B, L] right-padded, lengths [B] ints -> logits [B, V] of each row's last token."""
+        """Whole prompts at once: tokens [B, L] right-padded, lengths [B] ints -> logits [B, V] of each row's last token.
+
+        raises ValueError: NaN or inf, in K or V or anywhere else, has reached the logits
+        """
         B, L = tokens.shape
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
         self.cache.pos.copy_(torch.tensor(lengths))
@@ -264,7 +267,10 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, self.cache.pos)
         self.cache.lengths[:] = lengths
         # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
-        return self.head(self.norm(x[torch.arange(B, device=x.device), self.cache.pos - 1]))
+        logits = self.head(self.norm(x[torch.arange(B, device=x.device), self.cache.pos - 1]))
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"the model computes NaN or inf: its weights are damaged or {x.dtype} is too narrow for it")
+        return logits
 
     @torch.no_grad()
     def decode(self, tokens, blocks):
@@ -286,10 +292,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             self.flush_block(layer, self.cache.pos - 1)
 
-    def compile(self, **options):
+    def compile(self):
         """Compiles the decode step: one graph serves every layer, so compile time does not grow with depth."""
-        self.decode_block = torch.compile(Block.decode, fullgraph=True, **options)
-        self.flush_block = torch.compile(_flush, fullgraph=True, **options)
+        options = compile_options(self.embed.weight.device)
+        self.decode_block = torch.compile(Block.decode, fullgraph=True, options=options)
+        self.flush_block = torch.compile(_flush, fullgraph=True, options=options)
 
 
 def layer_bits(file, n_layers):

@@ -39,8 +39,9 @@ def quantize(x, bits, group_size, dim=-1):
 
     x       [..., N, ...] float32, bfloat16 or float16; N = x.shape[dim]
     returns codes uint8, shape of x, 0 .. 2^bits - 1; scale, zero in x.dtype, shape of x with N -> N / group_size
-    bound   |x - x_hat| <= scale / 2 + (2^bits - 1) * scale * u + |x_hat| * u, u = eps / 2 of x.dtype: half a step, the
-            rounding of the stored scale (the zero is exact) and the rounding of x_hat. A constant group is exact
+    bound   |x - x_hat| <= max(scale / 2, top * max(scale * u, t / 2)) + |x_hat| * u with top = 2^bits - 1, u = eps / 2 and t
+            the smallest subnormal of x.dtype: half a step, or what the rounding of the stored scale cuts off at the top of
+            the range, and the rounding of x_hat. The zero is exact, and so is a constant group
     raises  ValueError: bits not in {2, 4, 8}; N not a multiple of group_size; NaN, inf or a range that overflows
     source  KIVI, arXiv 2402.02750, section 3; jy-yuan/KIVI, quant/new_pack.py
     """
@@ -50,7 +51,7 @@ def quantize(x, bits, group_size, dim=-1):
         raise ValueError(f"cannot cut {n} elements into groups of {group_size}: use a group size that divides {n}")
     moved = x.movedim(dim, -1)
     codes, scale, zero = group_codes(moved.unflatten(-1, (n // group_size, group_size)), bits)
-    if not torch.isfinite(scale).all():
+    if not (torch.isfinite(x).all() and torch.isfinite(scale).all()):
         raise ValueError("cannot quantize NaN, inf or a group whose range overflows float32: check the tensor's values")
     return codes.flatten(-2).movedim(-1, dim), scale.squeeze(-1).movedim(-1, dim), zero.squeeze(-1).movedim(-1, dim)
 

@@ -187,7 +187,8 @@ def make_groups(kind, n, size, dtype, seed):
         x = x * (info.max / 32)
     elif kind == "edge":  # the last numbers before overflow, of both signs or of one
         steps = torch.randint(0, 4, (n, size), generator=g).double() * info.eps * info.max
-        x = (info.max - steps) * (torch.randint(0, 2, (n, size), generator=g) * 2 - 1 if seed % 2 else torch.randint(0, 2, (n, size), generator=g))
+        sign = torch.randint(0, 2, (n, size), generator=g)
+        x = (info.max - steps) * (sign * 2 - 1 if seed % 2 else sign)
     elif kind == "denormal":
         x = torch.randint(-9, 10, (n, size), generator=g).double() * smallest(dtype) * 3 ** (seed % 6)
     elif kind == "levels":
@@ -345,7 +346,7 @@ def test_quantization_loses_something():
 @given(st.sampled_from((-1, 0, 1, 2, -2)), bit_widths, st.sampled_from((4, 8, 12)), st.permutations(range(4)), st.integers(0, 999))
 def test_dim_and_the_order_of_groups_only_move_the_result(dim, bits, size, order, seed):
     """Guards against groups that leak into each other and against a `dim` that is honoured for the codes but not for the scale."""
-    x = randn(4 * size, 4 * size, 4 * size, seed=seed)[:, :5, :3] if dim in (0,) else randn(*[4 * size if i == dim % 3 else 5 for i in range(3)], seed=seed)
+    x = randn(*[4 * size if i == dim % 3 else 5 for i in range(3)], seed=seed)
     codes, scale, zero = qz.quantize(x, bits, size, dim)
     flat = x.movedim(dim, -1).contiguous()
     want = qz.quantize(flat, bits, size)
@@ -1562,7 +1563,7 @@ def test_a_decode_step_allocates_nothing_as_large_as_the_cache(fresh_compiler):
 # ---- the command line, as a user runs it -----------------------------------------------------------------------------------------------
 
 def command(*args, stdin=None):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(HERE / "generate.py"), *map(str, args)], capture_output=True, text=True, timeout=300,
                           input=stdin, env=env, cwd=HERE)
 
@@ -1669,7 +1670,7 @@ def check_error(code, out, err, named):
 def test_wrong_input_gets_one_line_and_exit_status_2(name, checkpoint, tmp_path):
     """A real process for every error of the issue. Guards against tracebacks, warnings beside the line, status 0 or 1."""
     arguments, named = ERRORS[name]
-    done = command(*arguments(checkpoint, tmp_path), "--prompt", "x")
+    done = command("--prompt", "x", "--max-new-tokens", 4, *arguments(checkpoint, tmp_path))
     check_error(done.returncode, done.stdout, done.stderr, named)
 
 

@@ -35,8 +35,8 @@ def train_tokenizer(texts):
 
 
 def prepare(corpus, out, seed):
-    """Writes tokenizer.json, tokenizer_config.json and tokens.safetensors (int16): train [N], held_out [M], one row a book
-    held_back [books, ROW]."""
+    """Writes tokenizer.json, tokenizer_config.json and tokens.safetensors: train [N], held_out [M] and held_back
+    [books, ROW], int16."""
     with open(corpus / "manifest.tsv", newline="", encoding="utf-8") as f:
         titles = [row["title"] for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
     texts = [text.strip() for name in ("children.txt", "prose.txt")

@@ -3,9 +3,10 @@
     python train.py --out RUN --minutes 7       # RUN as written by prepare.py; the same command resumes a broken run
 
 Seven rows of ten are windows of story text. The others make the model *use* its context: facts are hidden in story
-text and asked for at the end (a pass key, who hid what where, keys and values, a song to repeat), and the loss on an
-answer counts ANSWER_WEIGHT times. The first 60 % of the training run at 1,024 tokens, then three steps of four at
-4,096. The schedule is a function of time / --minutes: the learning rate falls linearly to 0, on any machine.
+text and asked for at the end (a pass key, who hid what where, keys and values, a song to repeat). The loss counts the
+answers ANSWER_WEIGHT times, and the facts and questions not at all: else the model tells pass keys unasked. The first
+60 % of the training run at 1,024 tokens, then three steps of four at 4,096. The schedule is a function of the time
+used / --minutes: the learning rate falls linearly to 0, on any machine.
 Deliberately absent: several GPUs, gradient accumulation, document masks (packed documents see their predecessors).
 """
 import argparse, json, math, random, time
@@ -30,28 +31,28 @@ THINGS = """apple arrow axe bag ball bell boat book boot bottle bow box bread br
     clock coat coin cup doll dress drum fan flag flower fork glove hammer hat horn jar key knife lamp letter map mirror
     needle paper pen pipe plate purse ring rope shell shoe spoon stone sword table""".split()
 PLACES = "barn castle cave church cottage forest garden kitchen library mill palace pond school ship shop".split()
-BOS, EOS, HEAD, SHORT, LONG, BATCH_TOKENS, WORKERS = 1, 2, 64, 1024, 4096, 131072, 6  # workers: of each length
-SYNTHETIC, ANSWER_WEIGHT, PEAK_LR, WARM_UP, DROPOUT = 0.3, 8, 2e-3, 200, 0.1
+BOS, EOS, HEAD, SHORT, LONG, MASK = 1, 2, 64, 1024, 4096, 4096  # MASK: the vocabulary
+SYNTHETIC, ANSWER_WEIGHT, WARM_UP, DROPOUT, WORKERS = 0.3, 8, 200, 0.1, 6  # workers: of each length
 CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=768,
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=MASK, hidden_size=256, intermediate_size=768,
     num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD, hidden_act="silu",
     rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=LONG, tie_word_embeddings=True,
     bos_token_id=BOS, eos_token_id=EOS, torch_dtype="bfloat16")
 
 
 class Rows(torch.utils.data.IterableDataset):
-    """Endless batches [B, T] of int16 tokens, from a seed per worker; the tokens of an answer are negative."""
+    """Endless batches [B, T] of int16 tokens, from a seed per worker; answers are negated, facts and questions + MASK."""
 
-    def __init__(self, tokens, tok, length, seed):
+    def __init__(self, tokens, tok, length, seed, batch_tokens=0):
         self.tokens, self.tok, self.length, self.seed = array("h", tokens.tolist()), tok, length, seed
-        self.gap, self.rng = tok.token_to_id("\n\n"), random.Random(seed)
+        self.gap, self.rng, self.rows = tok.token_to_id("\n\n"), random.Random(seed), batch_tokens // (length - 1)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         self.rng = random.Random(f"{self.seed} {self.length} {worker.id if worker else 0}")
         while True:
             rows = (self.packed_row() if self.rng.random() < SYNTHETIC else self.document(self.length)
-                    for _ in range(BATCH_TOKENS // (self.length - 1)))
+                    for _ in range(self.rows))
             yield torch.stack([torch.frombuffer(row, dtype=torch.int16) for row in rows])
 
     def text(self, n):
@@ -67,10 +68,10 @@ class Rows(torch.utils.data.IterableDataset):
             row += self.document(room) if room < 256 else self.document(n, *self.task(n, kind))
         return row
 
-    def say(self, text, paragraph=True):
-        """Tokens of a new paragraph, or of words that continue a line."""
-        ids = self.tok.encode("\n\n" * paragraph + text, add_special_tokens=False).ids
-        return array("h", ids[paragraph:])  # without the lone space that the tokenizer puts before "\n\n"
+    def say(self, text, answer=False):
+        """Tokens of an answer, which continues a line, or of a fact or question, which is a paragraph."""
+        ids = self.tok.encode(text if answer else "\n\n" + text, add_special_tokens=False).ids
+        return array("h", [-i for i in ids] if answer else [i + MASK for i in ids[1:]])  # ids[0]: a lone space
 
     def task(self, n, kind):
         """Facts to hide in a document of n tokens, and pairs of question and answer."""
@@ -87,9 +88,8 @@ class Rows(torch.utils.data.IterableDataset):
             things = rng.sample(THINGS, rng.randint(4, min(40, n // 24)))
             items = [dict(thing=thing, value=rng.randint(100, 999)) for thing in things]
         facts, asked = [kind[0].format(**i) for i in items], rng.sample(items, rng.randint(1, min(4, len(items))))
-        answers = [array("h", [-token for token in say(kind[2].format(**i), False)]) for i in asked]
         return ([say(fact) for fact in ([" ".join(facts)] if kind is LIST else facts)],
-                [(say(kind[1].format(**i)), answer) for i, answer in zip(asked, answers)])
+                [(say(kind[1].format(**i)), say(kind[2].format(**i), answer=True)) for i in asked])
 
     def document(self, n, facts=(), asks=()):
         """n tokens: BOS, story with the facts between its paragraphs at random depths, questions and answers, EOS."""
@@ -162,7 +162,7 @@ def evaluate(w, data, tok, seed, trials, rows):
         source, found = Rows(data["held_out"], tok, length, seed), 0
         for _ in range(trials):  # greedy decoding finds a key just when every digit is the argmax after the true ones
             x = torch.tensor([list(source.document(length, *source.task(length, PASSKEY)))], device=embedding.device)
-            best = F.linear(hidden(w, x[:, :-1].abs()), embedding).argmax(-1)
+            best = F.linear(hidden(w, x[:, :-1].abs() % MASK), embedding).argmax(-1)
             found += ((best == -x[:, 1:]) | (x[:, 1:] > 0)).all().item()
         report[f"passkey {length}"] = round(found / trials, 4)
     return report
@@ -190,11 +190,15 @@ def main():
     ap.add_argument("--out", type=Path, required=True, help="the folder that prepare.py wrote; gets the model as well")
     ap.add_argument("--minutes", type=float, default=7, help="duration of the training, without the last evaluation")
     ap.add_argument("--seed", type=int, default=1)
+    ap.add_argument("--batch", type=int, default=131072, help="tokens of a step")
+    ap.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    ap.add_argument("--init", type=Path, help="model.safetensors to start from, instead of random weights")
     args, start = ap.parse_args(), time.perf_counter()
     data, tok = load_file(args.out / "tokens.safetensors"), Tokenizer.from_file(str(args.out / "tokenizer.json"))
     device, checkpoint = "cuda" if torch.cuda.is_available() else "cpu", args.out / "state.pt"
     torch.manual_seed(args.seed)
-    w = {n: p.to(device).requires_grad_() for n, p in initial_weights().items()}
+    w = load_file(args.init) if args.init else initial_weights()
+    w = {n: p.to(device, torch.float32).requires_grad_() for n, p in w.items()}
     groups = [dict(params=[p for p in w.values() if p.dim() == d], weight_decay=(d - 1) * 0.1) for d in (1, 2)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     state = dict(step=0, tokens=0, seconds=0.0, log=[])
@@ -206,25 +210,26 @@ def main():
             p.data.copy_(saved["weights"][n])
     seed, start = args.seed + state["step"], start - state["seconds"]  # a resumed run draws other rows, other dropout
     torch.manual_seed(seed)
-    rows = {T: Rows(data["train"], tok, T + 1, seed) for T in (SHORT, LONG)}
-    batches = {T: iter(torch.utils.data.DataLoader(r, None, num_workers=WORKERS, pin_memory=True))
-               for T, r in rows.items()}
+    loader = dict(batch_size=None, num_workers=WORKERS, pin_memory=True)
+    batches = {T: iter(torch.utils.data.DataLoader(Rows(data["train"], tok, T + 1, seed, args.batch), **loader))
+               for T in (SHORT, LONG)}
     printed, stored = dict(state), state["seconds"]
     while (progress := state["seconds"] / 60 / args.minutes) < 1:
         T = LONG if progress > 0.6 and state["step"] % 4 else SHORT
         x = next(batches[T]).to(device, torch.long, non_blocking=True)  # [B, T + 1]
-        weight, x = 1.0 + (ANSWER_WEIGHT - 1) * (x[:, 1:] < 0).flatten(), x.abs()
+        weight = (1.0 * (x < MASK) + (ANSWER_WEIGHT - 1) * (x < 0))[:, 1:].flatten()
+        x = x.abs() % MASK
         with torch.autocast(device, torch.bfloat16):
             h = hidden(w, x[:, :-1], DROPOUT)
             loss = (token_losses(h, w["model.embed_tokens.weight"], x[:, 1:]) * weight).sum() / weight.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, (state["step"] + 1) / WARM_UP) * (1 - progress)
+            group["lr"] = args.lr * min(1, (state["step"] + 1) / WARM_UP) * (1 - progress)
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - start
-        state |= dict(step=state["step"] + 1, tokens=state["tokens"] + BATCH_TOKENS, seconds=seconds)
+        state |= dict(step=state["step"] + 1, tokens=state["tokens"] + args.batch, seconds=seconds)
         if seconds - printed["seconds"] > 10:
             speed = (state["tokens"] - printed["tokens"]) / (seconds - printed["seconds"])
             report = dict(step=state["step"], length=T, loss=round(loss.item(), 4), tokens_per_s=round(speed))
@@ -235,8 +240,8 @@ def main():
             save(w, args.out)
             torch.save(dict(weights=w, optimizer=optimizer.state_dict(), state=state), args.out / "state.tmp")
             (args.out / "state.tmp").replace(checkpoint)  # never a half-written one
-            state["log"].append(evaluate(w, data, tok, args.seed, trials=8, rows=64))
-            print(state["log"][-1], flush=True)
+            print(report := evaluate(w, data, tok, args.seed, trials=8, rows=64), flush=True)
+            state["log"].append(report)
     save(w, args.out)
     w = {n: p.to(device, torch.float32) for n, p in load_file(args.out / "model.safetensors").items()}  # as shipped
     state |= dict(final=evaluate(w, data, tok, args.seed, trials=128, rows=500), torch=torch.__version__,
