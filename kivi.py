@@ -34,6 +34,11 @@ from torch.nn import functional as F
 
 from quantize import BITS, dequantize, group_codes, pack, unpack
 
+LAUNCH = {  # tiles of the CUDA kernels, see `launches`; y: rows of packed codes, x: rows of q or p (softmax: heads), r: the sum
+    "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
+    "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros and window; no loop
+    "softmax": {},  # no loop either; of Inductor's launches the fastest
+}
 NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
 
 
@@ -69,7 +74,7 @@ class KVConfig:
 
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
-        return self.unit * max(1, (512 if max_len < 16384 else 1024) // self.unit) if max_len >= 8192 else self.unit
+        return self.unit * max(1, 1024 // self.unit) if max_len >= 8192 else self.unit
 
     def blocks(self, max_len):
         """Blocks that attention can come to read: the codes of K reach up to the last full R before the newest token."""
@@ -91,7 +96,7 @@ class KVConfig:
             "codes": rows * T * head_dim * (self.k_bits + self.v_bits) // 8,
             "metadata": rows * T * head_dim // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
             "window": rows * (self.sink + self.residual + 1) * head_dim * 2 * dtype.itemsize,
-            "positions": batch * 8 + self.blocks(max_len) * 8,
+            "positions": batch * 8 + self.blocks(max_len) * 4,
         }
 
     def bytes(self, batch, n_kv_heads, max_len, head_dim, dtype):
@@ -152,7 +157,12 @@ def _halves(q):
     keep = -32 if q.dtype == torch.bfloat16 else -256
     high = (q.view(torch.int16) & keep).view(q.dtype)
     parts = [high.to(torch.float16), (q - high).to(torch.float16)]
-    return [torch.cat(parts, -2)] if q.shape[-2] == 1 else parts
+    return [_stored(x) for x in ([torch.cat(parts, -2)] if q.shape[-2] == 1 else parts)]
+
+
+def _one_row(x, M):
+    """x [.., M', Y], where M' is M, or 2 because a single row was given as two parts (see _halves) -> [.., M, Y]."""
+    return x if x.shape[-2] == M else x.sum(-2, keepdim=True)
 
 
 def _over_blocks(x):
@@ -175,7 +185,7 @@ class Cache(nn.Module):
         self.batch, self.max_len, self.block = batch, max_len, block
         self.lengths = [0] * batch
         self.register_buffer("pos", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("index", torch.arange(blocks, device=device), persistent=False)
+        self.register_buffer("index", torch.arange(blocks, dtype=torch.int32, device=device), persistent=False)
 
     @property
     def length(self):
@@ -272,7 +282,7 @@ class FullCache(Cache):
     def bytes(cls, batch, n_kv_heads, max_len, head_dim, dtype):
         """Bytes of one layer's cache: what `FullCache(...).nbytes` will be."""
         T = cls.capacity(max_len)
-        return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 8 + T // cls.BLOCK * 8
+        return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 8 + T // cls.BLOCK * 4
 
     def fill(self, k, v, lengths):
         L = min(k.shape[2], self.k.shape[2])
@@ -455,10 +465,11 @@ class KiviCache(Cache):
         unit = D**-0.5
         number = torch.float16 if half else torch.float32
 
-        scores = self.scores(q, nb, half, unit)  # P of [B, Hk, nb, M, C / P]: plane by plane
+        rows = _halves(q) if half else [q.float()]
+        scores = self.scores(rows, nb, H // Hk, unit)  # P of [B, Hk, nb, M, C / P]: plane by plane
         P = len(scores)
         held = self.slot_tokens(pos)  # [B, W] token of each window slot
-        window = _product((q.to(number), self.k_window.to(number), unit))  # [B, Hk, M, W]
+        window = _one_row(_product(*((r, self.k_window.to(number), unit) for r in rows)), H // Hk)  # [B, Hk, M, W]
         # Between the K and the V boundary the key is quantized and the value exact: those scores come from the planes.
         exact = (held < S) | (held >= (pos // c.residual * c.residual)[:, None])
         t = held.clamp(0, nb * C - 1)
@@ -470,8 +481,8 @@ class KiviCache(Cache):
         window = window.masked_fill((held < 0)[:, None, None], NEVER)
 
         # Tokens whose value is quantized: from the sinks to the window.
-        t = blocks[:, None] * C + torch.arange(C, device=q.device)  # [nb, C]
-        packed = ((t >= S) & (t < (pos - c.residual)[:, None, None]))[:, None, :, None]  # [B, 1, nb, 1, C]
+        t = blocks[:, None] * C + torch.arange(C, dtype=torch.int32, device=q.device)  # [nb, C]
+        packed = ((t >= S) & (t < (pos - c.residual).int()[:, None, None]))[:, None, :, None]  # [B, 1, nb, 1, C]
         scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(packed, P))]
         if c.k_bits != c.v_bits:
             scores = self.split(self.join(scores), 8 // c.v_bits)
@@ -480,12 +491,19 @@ class KiviCache(Cache):
         total = sum(p).sum(-1)  # [B, Hk, nb, M]
         out = self.values(p, nb, half)  # [B, Hk, nb, M, D]
 
-        best = torch.maximum(top.amax(2), window.amax(-1))  # [B, Hk, M]
-        weight = (top - best[:, :, None]).exp()  # of each block
-        w = (window - best[..., None]).exp()  # [B, Hk, M, W]
-        total = _over_blocks(weight * total) + w.sum(-1)
-        out = _over_blocks(weight[..., None] * out) + _product((w.to(number), self.v_window.to(number).mT, 1.0))
-        return (out / total[..., None]).view(B, H, 1, D).to(dtype)
+        window_top = window.amax(-1, keepdim=True)  # [B, Hk, M, 1]
+        w = (window - window_top).exp()
+        window_total = w.sum(-1, keepdim=True)
+        w = _stored(w.to(number)) if half else w
+        window = _product((w, self.v_window.to(number).mT, 1.0))  # [B, Hk, M, D]
+
+        # All results weighed against the largest score. Expanded over D, the three reductions are one kernel.
+        top, total = (x[..., None].expand(out.shape) for x in (top, total))  # [B, Hk, nb, M, D]
+        best = torch.maximum(top.amax(2), window_top)  # [B, Hk, M, D]
+        weight, window_weight = (top - best[:, :, None]).exp(), (window_top - best).exp()
+        total = _over_blocks(weight * total) + window_weight * window_total
+        out = (_over_blocks(weight * out) + window_weight * window) / total
+        return out.view(B, H, 1, D).to(dtype)
 
     def split(self, x, planes):
         """x [.., C] in the order of tokens -> one tensor [.., C / planes] a plane."""
@@ -495,14 +513,14 @@ class KiviCache(Cache):
         """The inverse of `split`."""
         return torch.stack([x.unflatten(-1, (-1, self.config.group_size)) for x in planes], -2).flatten(-3)
 
-    def scores(self, q, nb, half, unit):
-        """q . K * unit over the packed keys of nb blocks: q [B, Hk, M, D] -> P tensors [B, Hk, nb, M, C / P], one a plane."""
-        c, C = self.config, self.block
+    def scores(self, rows, nb, M, unit):
+        """q . K * unit over the packed keys of nb blocks: rows (parts of q) [B, Hk, M, D] -> P of [B, Hk, nb, M, C / P], one a plane."""
+        c, C, half = self.config, self.block, rows[0].dtype == torch.float16
         G, P = c.group_size, 8 // c.k_bits
         U = C // (P * G)  # bytes' blocks in a block of attention
         w = self.k_packed.narrow(2, 0, nb * U).unflatten(2, (nb, U))  # [B, Hk, nb, U, G, D]
         s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)) for x in (self.k_scale, self.k_zero))  # [.., U, P, D]
-        rows = [r[:, :, None] for r in (_halves(q) if half else [q.float()])]  # [B, Hk, 1, M, D]
+        rows = [r[:, :, None] for r in rows]  # [B, Hk, 1, M, D]
         z = z.to(torch.float16 if half else torch.float32).flatten(3, 4)  # [B, Hk, nb, U * P, D]
         zero = _product(*((r.expand(-1, -1, nb, -1, -1), z, unit) for r in rows)).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
         out = []
@@ -510,9 +528,7 @@ class KiviCache(Cache):
             scale = s[:, :, :, :, a, None]  # [B, Hk, nb, U, 1, D]
             x = _product(*((r[:, :, :, None] * scale, codes, factor * unit) for r in rows))  # [B, Hk, nb, U, M, G]
             x = x.transpose(3, 4) + zero[..., a, None]  # [B, Hk, nb, M, U, G]
-            if x.shape[3] != q.shape[2]:
-                x = x.sum(3, keepdim=True)  # the two parts of a single row
-            out.append(x.flatten(-2))
+            out.append(_one_row(x.flatten(-2), M))
         return out
 
     def values(self, p, nb, half):
@@ -561,6 +577,9 @@ def compile_options(device):
     """
     if torch.device(device).type != "cuda":
         return {}
+    from torch._inductor.virtualized import V
+
+    V.set_choices_handler(launches())  # what an earlier compilation of this process has chosen would stay in force
     return {
         "triton.native_matmul": True,
         "inductor_choices_class": launches,
@@ -569,42 +588,50 @@ def compile_options(device):
         "realize_reads_threshold": 1000,
         "realize_acc_reads_threshold": 1000,
         "shape_padding": False,
+        "loop_ordering_after_fusion": False,
     }
 
 
 def launches():
-    """Inductor's `inductor_choices_class`: one fixed launch for every `tl.dot` kernel.
+    """Inductor's `inductor_choices_class`: fixed launches for the kernels of attention, the fastest of those measured (results/).
 
-    Tiles of 32 packed rows and 8 query rows in one warp were the fastest of those measured (results/); Inductor's own lists
-    start at tiles many times larger, which spill, and timing them takes a minute a kernel.
+    Inductor's own lists start at tiles many times larger, which spill; timing them would take a minute a kernel.
     """
     from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen.triton import FixedTritonConfig
+    from torch._inductor.virtualized import V
 
-    def is_dot(features):
-        nodes = (getattr(n, "node", None) for n in features.scheduler_nodes())
-        return any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes)
+    def kind(features):
+        """Key of LAUNCH, or None for a kernel that is not of attention."""
+        nodes = [getattr(n, "node", None) for n in features.scheduler_nodes()]
+        if any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes):
+            reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
+            return "packed" if any(V.graph.get_dtype(r) == torch.uint8 for r in reads) else "plain"
+        n = str(features.reduction_numel)  # a number, or a symbol
+        return "softmax" if features.is_reduction() and n.isdigit() and int(n) <= 512 else None
 
     class Launches(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-            if is_dot(features):
-                tile = {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3}
-                kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(tile)}
+            if LAUNCH.get(kind(features)):
+                kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(LAUNCH[kind(features)]))}
             return kernel_kwargs
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):
-            if is_dot(features):
-                return False
-            n = features.reduction_numel  # a sympy number, or a symbol
-            short = str(n).isdigit() and int(n) <= 512  # the softmax of a block: one pass instead of three
-            return short or InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            if kind(features) is not None:  # the softmax of a block: one pass over the scores instead of three
+                return "R0_BLOCK" not in LAUNCH[kind(features)]
+            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
-            # A heuristic against peak memory would leave the sum of two products outside their kernel, in float16.
             if node1.is_native_matmul() or node2.is_native_matmul():
+                # A heuristic against peak memory would leave the sum of two products outside their kernel.
                 return shared_data_score > 0
+            # What reads a product joins the product's kernel or none: outside it the product is float16 (see _stored).
+            for dep in (*node1.read_writes.reads, *node2.read_writes.reads):
+                buffer = scheduler.name_to_buf.get(dep.name)
+                if buffer is not None and buffer.defining_op is not None and buffer.defining_op.is_native_matmul():
+                    return False
             return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 
         @staticmethod

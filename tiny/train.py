@@ -3,10 +3,9 @@
     python train.py --out RUN --minutes 7       # RUN as written by prepare.py; the same command resumes a broken run
 
 Seven rows of ten are windows of story text. The others make the model *use* its context: facts are hidden in story
-text and asked for at the end (a pass key, who hid what where, keys and values, a song to repeat). The loss counts the
-answers ANSWER_WEIGHT times, and the facts and questions not at all: else the model tells pass keys unasked. The first
-60 % of the training run at 1,024 tokens, then three steps of four at 4,096. The schedule is a function of the time
-used / --minutes: the learning rate falls linearly to 0, on any machine.
+text and asked for at the end. The loss counts the answers ANSWER_WEIGHT times, and the facts and questions not at all:
+else the model tells pass keys unasked. The first 60 % of the training run at 1,024 tokens, then three steps of four
+at 4,096. The schedule is a function of time used / --minutes: the learning rate falls linearly to 0 on any machine.
 Deliberately absent: several GPUs, gradient accumulation, document masks (packed documents see their predecessors).
 """
 import argparse, json, math, random, time
@@ -41,7 +40,7 @@ CONFIG = dict(
 
 
 class Rows(torch.utils.data.IterableDataset):
-    """Endless batches [B, T] of int16 tokens, from a seed per worker; answers are negated, facts and questions + MASK."""
+    """Endless batches [B, T] of int16 tokens, from a seed per worker; answers negated, facts and questions + MASK."""
 
     def __init__(self, tokens, tok, length, seed, batch_tokens=0):
         self.tokens, self.tok, self.length, self.seed = array("h", tokens.tolist()), tok, length, seed
@@ -197,17 +196,14 @@ def main():
     data, tok = load_file(args.out / "tokens.safetensors"), Tokenizer.from_file(str(args.out / "tokenizer.json"))
     device, checkpoint = "cuda" if torch.cuda.is_available() else "cpu", args.out / "state.pt"
     torch.manual_seed(args.seed)
-    w = load_file(args.init) if args.init else initial_weights()
-    w = {n: p.to(device, torch.float32).requires_grad_() for n, p in w.items()}
+    saved = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else {}
+    w = saved.get("weights") or (load_file(args.init) if args.init else initial_weights())
+    w = {n: p.detach().to(device, torch.float32).requires_grad_() for n, p in w.items()}
     groups = [dict(params=[p for p in w.values() if p.dim() == d], weight_decay=(d - 1) * 0.1) for d in (1, 2)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    state = dict(step=0, tokens=0, seconds=0.0, log=[])
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    if saved:
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
-        for n, p in w.items():
-            p.data.copy_(saved["weights"][n])
+    state = saved.get("state", dict(step=0, tokens=0, seconds=0.0, log=[]))
     seed, start = args.seed + state["step"], start - state["seconds"]  # a resumed run draws other rows, other dropout
     torch.manual_seed(seed)
     loader = dict(batch_size=None, num_workers=WORKERS, pin_memory=True)
@@ -217,8 +213,7 @@ def main():
     while (progress := state["seconds"] / 60 / args.minutes) < 1:
         T = LONG if progress > 0.6 and state["step"] % 4 else SHORT
         x = next(batches[T]).to(device, torch.long, non_blocking=True)  # [B, T + 1]
-        weight = (1.0 * (x < MASK) + (ANSWER_WEIGHT - 1) * (x < 0))[:, 1:].flatten()
-        x = x.abs() % MASK
+        weight, x = (1.0 * (x < MASK) + (ANSWER_WEIGHT - 1) * (x < 0))[:, 1:].flatten(), x.abs() % MASK
         with torch.autocast(device, torch.bfloat16):
             h = hidden(w, x[:, :-1], DROPOUT)
             loss = (token_losses(h, w["model.embed_tokens.weight"], x[:, 1:]) * weight).sum() / weight.sum()
