@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 from quantize import BITS, dequantize, group_codes, pack, unpack
 
-LAUNCH = {  # tiles of the CUDA kernels, see `launches`; y: rows of packed codes, x: rows of q or p (softmax: heads), r: the sum
+LAUNCH = {  # of the CUDA kernels, see `launches`; y: rows of packed codes, x: rows of q or p (of scores, in softmax), r: the sum
     "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
     "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros and window; no loop
-    "softmax": {},  # no loop either; of Inductor's launches the fastest
+    "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
 }
 NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
 
@@ -74,7 +74,8 @@ class KVConfig:
 
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
-        return self.unit * max(1, 1024 // self.unit) if max_len >= 8192 else self.unit
+        tokens = 1024 if max_len >= 8192 else 512 if max_len >= 4096 else 1
+        return self.unit * max(1, tokens // self.unit)
 
     def blocks(self, max_len):
         """Blocks that attention can come to read: the codes of K reach up to the last full R before the newest token."""
@@ -570,7 +571,8 @@ class KiviCache(Cache):
 
 
 def compile_options(device):
-    """Options of `torch.compile` under which the attention over a KiviCache is fast: pass them as `options=`.
+    """Options of `torch.compile` under which `KiviCache.attention` is fast. Compile it alone with them: they would also turn
+    the linear layers of a model into `tl.dot` kernels, at which the library is better.
 
     CUDA: products become `tl.dot` inside Inductor's own kernels (native_matmul), so that the unpacking fuses with them; the
     limits let all planes share one kernel, which reads every byte once; `launches` fixes the tiles of those kernels.
@@ -624,13 +626,14 @@ def launches():
 
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
-            if node1.is_native_matmul() or node2.is_native_matmul():
+            is_product = lambda node: node is not None and not node.is_template() and node.is_native_matmul()
+            if is_product(node1) or is_product(node2):
                 # A heuristic against peak memory would leave the sum of two products outside their kernel.
                 return shared_data_score > 0
             # What reads a product joins the product's kernel or none: outside it the product is float16 (see _stored).
             for dep in (*node1.read_writes.reads, *node2.read_writes.reads):
                 buffer = scheduler.name_to_buf.get(dep.name)
-                if buffer is not None and buffer.defining_op is not None and buffer.defining_op.is_native_matmul():
+                if buffer is not None and is_product(buffer.defining_op):
                     return False
             return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
 

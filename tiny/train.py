@@ -3,8 +3,8 @@
     python train.py --out RUN --minutes 7       # RUN as written by prepare.py; the same command resumes a broken run
 
 Seven rows of ten are windows of story text. The others make the model *use* its context: facts are hidden in story
-text and asked for at the end. The loss counts the answers ANSWER_WEIGHT times, and the facts and questions not at all:
-else the model tells pass keys unasked. The first 60 % of the training run at 1,024 tokens, then three steps of four
+text and asked for at the end. The loss counts answers ANSWER_WEIGHT times, facts and questions FACT_WEIGHT times (0:
+else the model tells pass keys unasked). The first 60 % of the training run at 1,024 tokens, then three steps of four
 at 4,096. The schedule is a function of time used / --minutes: the learning rate falls linearly to 0 on any machine.
 Deliberately absent: several GPUs, gradient accumulation, document masks (packed documents see their predecessors).
 """
@@ -31,7 +31,7 @@ THINGS = """apple arrow axe bag ball bell boat book boot bottle bow box bread br
     needle paper pen pipe plate purse ring rope shell shoe spoon stone sword table""".split()
 PLACES = "barn castle cave church cottage forest garden kitchen library mill palace pond school ship shop".split()
 BOS, EOS, HEAD, SHORT, LONG, MASK = 1, 2, 64, 1024, 4096, 4096  # MASK: the vocabulary
-SYNTHETIC, ANSWER_WEIGHT, WARM_UP, DROPOUT, WORKERS = 0.3, 8, 200, 0.1, 6  # workers: of each length
+SYNTHETIC, ANSWER_WEIGHT, FACT_WEIGHT, WARM_UP, DROPOUT, WORKERS = 0.3, 8, 0, 200, 0.1, 6  # workers: of each length
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=MASK, hidden_size=256, intermediate_size=768,
     num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=HEAD, hidden_act="silu",
@@ -206,14 +206,14 @@ def main():
     state = saved.get("state", dict(step=0, tokens=0, seconds=0.0, log=[]))
     seed, start = args.seed + state["step"], start - state["seconds"]  # a resumed run draws other rows, other dropout
     torch.manual_seed(seed)
-    loader = dict(batch_size=None, num_workers=WORKERS, pin_memory=True)
-    batches = {T: iter(torch.utils.data.DataLoader(Rows(data["train"], tok, T + 1, seed, args.batch), **loader))
-               for T in (SHORT, LONG)}
+    batches = {T: iter(torch.utils.data.DataLoader(Rows(data["train"], tok, T + 1, seed, args.batch), batch_size=None,
+                                                   num_workers=WORKERS, pin_memory=True)) for T in (SHORT, LONG)}
     printed, stored = dict(state), state["seconds"]
     while (progress := state["seconds"] / 60 / args.minutes) < 1:
         T = LONG if progress > 0.6 and state["step"] % 4 else SHORT
         x = next(batches[T]).to(device, torch.long, non_blocking=True)  # [B, T + 1]
-        weight, x = (1.0 * (x < MASK) + (ANSWER_WEIGHT - 1) * (x < 0))[:, 1:].flatten(), x.abs() % MASK
+        weight = 1.0 + (ANSWER_WEIGHT - 1) * (x < 0) + (FACT_WEIGHT - 1) * (x >= MASK)
+        weight, x = weight[:, 1:].flatten(), x.abs() % MASK
         with torch.autocast(device, torch.bfloat16):
             h = hidden(w, x[:, :-1], DROPOUT)
             loss = (token_losses(h, w["model.embed_tokens.weight"], x[:, 1:]) * weight).sum() / weight.sum()
