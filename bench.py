@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import generate
-from kivi import PRESETS, FullCache, KiviCache, KVConfig, compile_options
+from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
 from model import ModelConfig, Transformer
 
 SHAPES = {  # name -> B, H, Hk, T, D
@@ -162,7 +162,7 @@ def attention(args, device):
                 caches = [cache] + [make() for _ in range(sets - 1)]
                 for other in caches[1:]:
                     other.prefill(k, v)
-                step = torch.compile(type(cache).attention, fullgraph=True, options=compile_options(device))
+                step = compiled_attention(type(cache), device)
                 pos, blocks = cache.pos - 1, cache.blocks(T)
                 nbytes = cache.nbytes
                 out = step(cache, q, pos, blocks)

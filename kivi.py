@@ -216,7 +216,8 @@ class Cache(nn.Module):
             step = 1 << (nb - 1).bit_length() - 3
             nb = -(-nb // step) * step
         blocks = self.index[:nb]
-        torch._dynamo.maybe_mark_dynamic(blocks, 0)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(blocks, 0)
         return blocks
 
     def prefill(self, k, v, lengths=None):
@@ -451,10 +452,11 @@ class KiviCache(Cache):
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def attention(self, q, pos, blocks):
+    def attention(self, q, pos, blocks, half=False):
         """Attention of one query per head over the packed cache and the window.
 
         q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] (see `blocks`) -> [B, H, 1, D]
+        half  products in float16 with float32 sums: only right when compiled by `compiled_attention`, which sets it
 
         Every block of C tokens has a softmax of its own (flash decoding): no pass over a whole row of scores, and enough
         independent work when the batch is 1. The window is one more block.
@@ -462,7 +464,7 @@ class KiviCache(Cache):
         c, nb, C, dtype = self.config, blocks.shape[0], self.block, q.dtype
         S, G, (B, H, _, D), Hk = c.sink, c.group_size, q.shape, self.k_window.shape[1]
         q = q.reshape(B, Hk, H // Hk, D)
-        half = q.is_cuda and torch.compiler.is_compiling() and dtype != torch.float32
+        half = half and dtype != torch.float32
         unit = D**-0.5
         number = torch.float16 if half else torch.float32
 
@@ -570,19 +572,19 @@ class KiviCache(Cache):
         return tuple(out)
 
 
-def compile_options(device):
-    """Options of `torch.compile` under which `KiviCache.attention` is fast. Compile it alone with them: they would also turn
-    the linear layers of a model into `tl.dot` kernels, at which the library is better.
+def compiled_attention(kind, device):
+    """`attention` of the cache class `kind`, compiled: a function of (cache, q, pos, blocks).
 
-    CUDA: products become `tl.dot` inside Inductor's own kernels (native_matmul), so that the unpacking fuses with them; the
-    limits let all planes share one kernel, which reads every byte once; `launches` fixes the tiles of those kernels.
+    CUDA: the products of a KiviCache become `tl.dot` inside Inductor's own kernels (native_matmul), so that the unpacking
+    fuses with them; the limits let all planes share one kernel, which reads every byte once; `launches` fixes the tiles.
+    Keep a model's linear layers out of it: they would become such kernels too, and the library is better at them.
     """
-    if torch.device(device).type != "cuda":
-        return {}
+    if not issubclass(kind, KiviCache) or torch.device(device).type != "cuda":
+        return torch.compile(kind.attention, fullgraph=True)
     from torch._inductor.virtualized import V
 
     V.set_choices_handler(launches())  # what an earlier compilation of this process has chosen would stay in force
-    return {
+    options = {
         "triton.native_matmul": True,
         "inductor_choices_class": launches,
         "max_fusion_size": 2048,
@@ -590,12 +592,17 @@ def compile_options(device):
         "realize_reads_threshold": 1000,
         "realize_acc_reads_threshold": 1000,
         "shape_padding": False,
-        "loop_ordering_after_fusion": False,
+        "loop_ordering_after_fusion": False,  # else some sums of products stay outside the products' kernel
     }
+    return torch.compile(_half_attention, fullgraph=True, options=options)
+
+
+def _half_attention(cache, q, pos, blocks):
+    return cache.attention(q, pos, blocks, half=True)
 
 
 def launches():
-    """Inductor's `inductor_choices_class`: fixed launches for the kernels of attention, the fastest of those measured (results/).
+    """Inductor's `inductor_choices_class` for `compiled_attention`: fixed launches for the kernels of attention, the fastest of those measured (results/).
 
     Inductor's own lists start at tiles many times larger, which spill; timing them would take a minute a kernel.
     """

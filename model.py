@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
-from kivi import PRESETS, FullCache, KiviCache, compile_options
+from kivi import PRESETS, FullCache, KiviCache, compiled_attention
 
 SUPPORTED = {  # architectures entry of config.json -> what its config.json leaves unsaid
     "LlamaForCausalLM": {},
@@ -302,7 +302,7 @@ class Transformer(nn.Module):
 
     def compile(self):
         """Compiles the decode step: one compilation serves every layer, so that its time does not grow with depth."""
-        compiled = lambda fn, options=None: torch.compile(fn, fullgraph=True, options=options)
+        compiled = lambda fn: torch.compile(fn, fullgraph=True)
         self.flush_block = compiled(_flush)
         if self.embed.weight.device.type != "cuda":
             self.decode_block = compiled(Block.decode)
@@ -313,7 +313,7 @@ class Transformer(nn.Module):
         def decode_block(layer, x, cos, sin, pos, blocks):
             kind = type(layer.cache)
             if kind not in attention:
-                attention[kind] = compiled(kind.attention, compile_options("cuda") if issubclass(kind, KiviCache) else None)
+                attention[kind] = compiled_attention(kind, "cuda")
             q = before(layer, x, cos, sin, pos)
             return after(layer, x, attention[kind](layer.cache, q, pos, blocks))
 
