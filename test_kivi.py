@@ -1454,6 +1454,84 @@ def test_golden_logits_of_the_embedded_checkpoint():
     check_golden(HERE / "tiny")
 
 
+# ---- the embedded checkpoint ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def embedded():
+    return generate.load()
+
+
+def heldout(tokenizer, n):
+    """The first n tokens of a book that the embedded checkpoint has not seen."""
+    return tokenizer.encode((HERE / "tiny" / "heldout.txt").read_text(encoding="utf-8")).ids[:n]
+
+
+def test_greedy_text_from_a_2_bit_cache_is_pinned(embedded):
+    """Every lead of a pinned token over the second is above 0.02. Guards against a silent change of the numbers attention reads:
+    most of the 170 prompt tokens are quantized here."""
+    model, tokenizer = embedded
+    ids = tokenizer.encode((HERE / "tiny" / "heldout.txt").read_text(encoding="utf-8")[:600]).ids
+    out = generate.generate(model, [ids], 16, 0.0, kv="kivi2", residual=32)[0][len(ids):]
+    assert tokenizer.decode(out) == "to the house, and thought I would go to sleep.\n\nI was not"
+    full = generate.generate(model, [ids], 2, 0.0, kv="bf16")[0][len(ids):]
+    assert tokenizer.decode(full) == "to the"
+
+
+@pytest.mark.parametrize("kv", ("bf16", "kivi2", "kivi4"))
+def test_the_embedded_checkpoint_finds_a_pass_key_through_the_cache(embedded, kv):
+    """Guards against damaged codes far back in the cache, which short texts do not show."""
+    model, tokenizer = embedded
+    say = lambda text: tokenizer.encode("\n\n" + text, add_special_tokens=False).ids[1:]
+    story = heldout(tokenizer, 900)
+    fact, question = say("The pass key is 48213. Remember it. 48213 is the pass key."), say("What is the pass key? The pass key is")
+    ids = story[:200] + fact + story[200:] + question
+    out = generate.generate(model, [ids], 7, 0.0, kv=kv, stop=())[0][len(ids):]
+    assert tokenizer.decode(out).startswith("48213.")
+
+
+def quality_through_the_cache(model, ids, kv, **options):
+    """Log-probabilities [n, V] of teacher-forced decoding after 256 tokens of exact prefill."""
+    model.setup_caches(1, len(ids), kv, **options)
+    logits = [model.prefill(torch.tensor([ids[:256]]))]
+    for token in ids[256:-1]:
+        model.cache.advance()
+        logits.append(model.decode(torch.tensor([[token]]), model.cache.blocks(model.cache.length)))
+        if model.cache.due():
+            model.flush()
+    return torch.cat(logits).log_softmax(-1)
+
+
+def test_perplexity_through_the_cache_is_bounded(embedded, monkeypatch):
+    """Recorded: bf16 23.739; kivi4 23.737, KL 0.0006; kivi2 23.544, KL 0.0209. Guards against a quantizer that is worse than it
+    should be, and against one that does nothing: KL has a lower bound, and skipping the flush breaks the upper one."""
+    model, tokenizer = embedded
+    ids = heldout(tokenizer, 640)
+    target = torch.tensor(ids[256:])[:, None]
+    base = quality_through_the_cache(model, ids, "bf16")
+
+    def check(kv, kl_low, kl_high):
+        logp = quality_through_the_cache(model, ids, kv)
+        ratio = (base.gather(1, target).mean() - logp.gather(1, target).mean()).exp().item()
+        kl = (base.exp() * (base - logp)).sum(-1).mean().item()
+        assert 0.97 < ratio < 1.03 and kl_low < kl < kl_high, (kv, ratio, kl)
+
+    check("kivi4", 0.0003, 0.001)
+    check("kivi2", 0.01, 0.027)
+    monkeypatch.setattr(KiviCache, "flush", lambda self, pos: None)
+    with pytest.raises(AssertionError):
+        check("kivi2", 0.01, 0.027)
+
+
+def test_rows_of_a_batch_equal_the_same_prompts_alone(embedded):
+    """Unequal prompts, so that flushes fall on different steps. Guards against one position or one schedule for the whole batch."""
+    model, tokenizer = embedded
+    ids = heldout(tokenizer, 400)
+    prompts = [ids[:40], ids[:1] + ids[100:233], ids[:1] + ids[300:360]]
+    together = generate.generate(model, prompts, 40, 0.0, kv="kivi2", residual=32, stop=())
+    for prompt, row in zip(prompts, together):
+        assert generate.generate(model, [prompt], 40, 0.0, kv="kivi2", residual=32, stop=())[0] == row
+
+
 # ---- compilation ------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
