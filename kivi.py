@@ -4,7 +4,7 @@ Keys have a few large channels, so they are quantized per channel (groups of G c
 have none, so they are quantized per token (groups of G consecutive channels of one token). The most recent tokens stay in
 full precision: keys until a block of R is complete, values for R tokens.
 
-Neither K nor V is ever rebuilt at full precision. With codes c, scale s and zero z (quantize.py), for a query q and
+Compiled, neither K nor V is ever written out at full precision. With codes c, scale s and zero z (quantize.py), for a query q and
 attention weights p, and g the group of token t (K) or of channel d (V):
 
     q . k_t = sum_d (q_d s_dg) c_td + sum_d q_d z_dg         the second sum is one number per group
@@ -16,7 +16,7 @@ one code of each of P = 8 / bits *planes*, and a plane is a group of G tokens, s
     K  byte [j, i, d], plane a: channel d of token (j P + a) G + i        rows are tokens, the sum runs along channels
     V  byte [j, d, i], plane a: the same, transposed                      rows are channels, the sum runs along tokens
 
-State after a row reaches length T, a function of T alone however the tokens came (kivi-algorithm: official code):
+State after a row reaches length T, a function of T alone however the tokens came (as in the official code):
 
     packed K holds tokens [0, T - T % R)      attention at length T reads K exactly from token (T-1) // R * R on,
     packed V holds tokens [0, max(0, T-R))    and V exactly for the last R + 1 tokens: it runs before the flush of its step
@@ -74,7 +74,7 @@ class KVConfig:
 
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
-        tokens = 1024 if max_len >= 8192 else 512 if max_len >= 4096 else 1
+        tokens = 1024 if max_len >= 8192 else 512 if max_len > 4096 else 1
         return self.unit * max(1, tokens // self.unit)
 
     def blocks(self, max_len):

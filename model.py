@@ -169,6 +169,7 @@ class Block(nn.Module):
         q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
         if lengths is not None:
             self.cache.fill(k, v, lengths)
+            self.finite = torch.isfinite(k).all() & torch.isfinite(v).all()  # softmax may swallow a NaN; asked in `prefill`
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.attention.out(y)
         return x + self.mlp(self.mlp_norm(x))
@@ -264,7 +265,7 @@ class Transformer(nn.Module):
     def prefill(self, tokens, lengths=None):
         """Whole prompts at once: tokens [B, L] right-padded, lengths [B] ints -> logits [B, V] of each row's last token.
 
-        raises ValueError: NaN or inf, in K or V or anywhere else, has reached the logits
+        raises ValueError: NaN or inf in K, V or the logits (one sync for all layers)
         """
         B, L = tokens.shape
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
@@ -276,7 +277,7 @@ class Transformer(nn.Module):
         self.cache.lengths[:] = lengths
         # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
         logits = self.head(self.norm(x[torch.arange(B, device=x.device), self.cache.pos - 1]))
-        if not torch.isfinite(logits).all():
+        if not torch.stack([torch.isfinite(logits).all(), *(layer.finite for layer in self.layers)]).all():
             raise ValueError(f"the model computes NaN or inf: its weights are damaged or {x.dtype} is too narrow for it")
         return logits
 

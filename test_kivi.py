@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent / "shared" / "checkpoints"
+SHARED = Path(os.environ.get("KIVI_CHECKPOINTS", HERE / "none"))  # folder with the stories260K checkpoints
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -328,7 +328,7 @@ def test_representable_levels_survive_exactly_and_forever(dtype, bits, step, off
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", (0.0, -0.0, 1e-3, -7.0, "max", "-max", "tiny"))
 def test_a_constant_group_is_exact(dtype, value):
-    """Guards against 0 / 0 = NaN codes where max == min (kivi-algorithm.md, pitfall 3)."""
+    """Guards against 0 / 0 = NaN codes where max == min."""
     number = {"max": torch.finfo(dtype).max, "-max": -torch.finfo(dtype).max, "tiny": smallest(dtype)}.get(value, value)
     x = torch.full((2, 64), number, dtype=dtype)
     codes, scale, zero = qz.quantize(x, 2, 32)
@@ -875,7 +875,7 @@ def test_nbytes_is_the_formula(name, batch, max_len, dtype):
     elements = batch * n_kv_heads * tokens * head_dim
     want = sum(elements * (o[bits] / 8 + 2 * dtype.itemsize / o["group_size"]) for bits in ("k_bits", "v_bits"))
     want += 2 * batch * n_kv_heads * (o["sink"] + o["residual"] + 1) * head_dim * dtype.itemsize + 8 * batch
-    if dtype == torch.bfloat16:  # the issue's words: bits + 32 / G an element, and the ring
+    if dtype == torch.bfloat16:  # bits + 32 / G an element, and the ring
         assert want - 8 * batch - 2 * batch * n_kv_heads * (o["sink"] + o["residual"] + 1) * head_dim * 2 == pytest.approx(
             elements * (o["k_bits"] + o["v_bits"] + 2 * 32 / o["group_size"]) / 8)
     assert cache.nbytes == pytest.approx(want, rel=0.01)
@@ -910,7 +910,7 @@ def test_nbytes_never_grows():
 
 
 def test_two_bits_buy_what_the_table_says():
-    """kivi-algorithm.md, section 2: 3 bits an element at G = 32, so 4.84 times less than bfloat16 at 4,096 tokens (R = 128)."""
+    """3 bits an element at G = 32, so 4.84 times less than bfloat16 at 4,096 tokens (R = 128)."""
     full = FullCache(1, 2, 4096, 128, dtype=torch.bfloat16)
     small = KiviCache(1, 2, 4096, 128, dtype=torch.bfloat16)
     assert full.nbytes == pytest.approx(2 * 2 * 4096 * 128 * 2, rel=0.01)
@@ -1141,7 +1141,7 @@ def model(checkpoint):
 
 
 class RefKivi:
-    """One layer of one row in the official order (kivi-algorithm.md, 1.4), on Python lists of [Hk, D] tensors; options None: exact."""
+    """One layer of one row in the official order (attention before the flush), on Python lists of [Hk, D] tensors; options None: exact."""
 
     def __init__(self, options, algorithm_1=False):
         self.options, self.algorithm_1 = options, algorithm_1
@@ -1434,7 +1434,7 @@ She wanted to play with it, but it was too high.
 Lily"""
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the trained stories260K checkpoints are not beside this repository")
+@pytest.mark.skipif(not SHARED.exists(), reason="KIVI_CHECKPOINTS names no folder with the stories260K checkpoints")
 @pytest.mark.parametrize("name", ("stories260K", "stories260K_hd64"))
 def test_golden_logits_and_text_of_a_trained_checkpoint(name, capsys):
     """transformers' own numbers. Guards against everything that the reference above and the program could have wrong together."""
@@ -1746,7 +1746,7 @@ def check_error(code, out, err, named):
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_wrong_input_gets_one_line_and_exit_status_2(name, checkpoint, tmp_path):
-    """A real process for every error of the issue. Guards against tracebacks, warnings beside the line, status 0 or 1."""
+    """A real process for every kind of wrong input. Guards against tracebacks, warnings beside the line, status 0 or 1."""
     arguments, named = ERRORS[name]
     done = command("--prompt", "x", "--max-new-tokens", 4, *arguments(checkpoint, tmp_path))
     check_error(done.returncode, done.stdout, done.stderr, named)
