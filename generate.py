@@ -226,6 +226,8 @@ def main(argv=None):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what was generated so far has been printed
 
 
 def parser():

@@ -1532,6 +1532,17 @@ def test_rows_of_a_batch_equal_the_same_prompts_alone(embedded):
         assert generate.generate(model, [prompt], 40, 0.0, kv="kivi2", residual=32, stop=())[0] == row
 
 
+def test_the_quality_benchmark_runs_as_a_user_calls_it(tmp_path):
+    """Guards against a benchmark that rots: its table, its JSON line and its file."""
+    file = tmp_path / "quality.json"
+    run = subprocess.run([sys.executable, "bench.py", "quality", "--tokens", "300", "--json", str(file)], cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result == json.loads(file.read_text()) and "| kivi2, R = 32 |" in run.stdout
+    rows = {(r["kv"], r.get("residual")): r for r in result["rows"]}
+    assert rows["bf16", None]["kl"] == 0 < rows["kivi4", None]["kl"] < rows["kivi2", None]["kl"]
+
+
 # ---- compilation ------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
