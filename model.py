@@ -77,6 +77,8 @@ class ModelConfig:
             raise ValueError(f"{folder}/config.json has no entry {error}") from None
         for name, value in SUPPORTED[arch].items():
             setattr(config, name, value)
+        if raw.get("sliding_window") and raw.get("use_sliding_window", True):
+            config.max_len = min(config.max_len, raw["sliding_window"])  # up to here the window changes nothing; beyond is refused
         generation = Path(folder) / "generation_config.json"
         eos = (_read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
         config.eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
