@@ -37,7 +37,7 @@ def group_codes(x, bits, dim=-1):
 def quantize(x, bits, group_size, dim=-1):
     """Asymmetric min/max quantization of groups of `group_size` consecutive elements along `dim`.
 
-    x       [..., N, ...] float32, bfloat16 or float16; N = x.shape[dim]
+    x       [.., N, ..] float32, bfloat16 or float16; N = x.shape[dim]
     returns codes uint8, shape of x, 0 .. 2^bits - 1; scale, zero in x.dtype, shape of x with N -> N / group_size
     bound   |x - x_hat| <= max(scale / 2, top * max(scale * u, t / 2)) + |x_hat| * u with top = 2^bits - 1, u = eps / 2 and t
             the smallest subnormal of x.dtype: half a step, or what the rounding of the stored scale cuts off at the top of
@@ -59,7 +59,7 @@ def quantize(x, bits, group_size, dim=-1):
 def dequantize(codes, scale, zero, dim=-1):
     """x_hat = codes * scale + zero, computed in float32, rounded once to scale.dtype and clamped to its finite range.
 
-    codes  uint8 [..., N, ...]; scale, zero [..., N / G, ...] along `dim`; the group size follows from the shapes
+    codes  uint8 [.., N, ..]; scale, zero [.., N / G, ..] along `dim`; the group size follows from the shapes
     raises ValueError: N is not a multiple of the number of groups
     """
     n, groups = codes.shape[dim], scale.shape[dim]
@@ -71,34 +71,29 @@ def dequantize(codes, scale, zero, dim=-1):
     return (c.float() * s.float() + z.float()).clamp(-limit, limit).to(scale.dtype).flatten(-2).movedim(-1, dim)
 
 
-def pack(codes, bits, dim=-1, word=torch.uint8):
-    """Packs consecutive codes along `dim` into integers: code j of a word lies in its bits [j * bits, (j + 1) * bits).
+def pack(codes, bits, dim=-1):
+    """Packs consecutive codes along `dim` into bytes: code j of a byte lies in its bits [j * bits, (j + 1) * bits).
 
-    codes   uint8 [..., N, ...], values below 2^bits
-    word    uint8, int16 or int32: the same bytes on a little-endian machine when `dim` is the contiguous one
-    returns word [..., N / (word bits / bits), ...]
-    raises  ValueError: bits not in {2, 4, 8}; N does not fill whole words
+    codes   uint8 [.., N, ..], values below 2^bits
+    returns uint8 [.., N * bits / 8, ..]
+    raises  ValueError: bits not in {2, 4, 8}; N does not fill whole bytes
     """
     _check_bits(bits)
-    per = word.itemsize * 8 // bits
-    n = codes.shape[dim]
+    per, n = 8 // bits, codes.shape[dim]
     if n % per:
-        raise ValueError(f"cannot pack {n} codes of {bits} bits into words of {per}: pad dim {dim} to a multiple of {per}")
+        raise ValueError(f"cannot pack {n} codes of {bits} bits into bytes of {per}: pad dim {dim} to a multiple of {per}")
     c = codes.movedim(dim, -1).unflatten(-1, (n // per, per))
-    wide = torch.int64 if word == torch.int32 else torch.int32  # the top code reaches the sign bit
-    out = c[..., 0].to(wide)
+    out = c[..., 0]
     for j in range(1, per):
-        out = out | c[..., j].to(wide) << j * bits
-    return out.to(word).movedim(-1, dim)
+        out = out | c[..., j] << j * bits
+    return out.movedim(-1, dim)
 
 
 def unpack(packed, bits, dim=-1):
-    """The inverse of `pack`: words [..., N, ...] -> codes uint8 [..., N * (word bits / bits), ...]."""
+    """The inverse of `pack`: bytes [.., N, ..] -> codes uint8 [.., N * 8 / bits, ..]."""
     _check_bits(bits)
-    per = packed.dtype.itemsize * 8 // bits
     w = packed.movedim(dim, -1)
-    # The mask removes the sign bits that an arithmetic shift of int16 or int32 words drags along.
-    return torch.stack([(w >> j * bits & 2**bits - 1).to(torch.uint8) for j in range(per)], -1).flatten(-2).movedim(-1, dim)
+    return torch.stack([w >> j & 2**bits - 1 for j in range(0, 8, bits)], -1).flatten(-2).movedim(-1, dim)
 
 
 def _check_bits(bits):
