@@ -102,7 +102,7 @@ def random_kv(B, Hk, T, D, device, dtype):
     return k, v
 
 
-def reference(q, k, v, valid=None):
+def reference(q, k, v):
     """float32 attention, one batch row at a time: q [B, H, 1, D], k, v [B, Hk, T, D]."""
     out = []
     for b in range(q.shape[0]):

@@ -611,7 +611,7 @@ def launches():
     from torch._inductor.virtualized import V
 
     def kind(features):
-        """Key of LAUNCH, or None for a kernel that is not of attention."""
+        """Key of LAUNCH, or None. Any short reduction counts as a softmax, also those around attention (they are small)."""
         nodes = [getattr(n, "node", None) for n in features.scheduler_nodes()]
         if any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes):
             reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
