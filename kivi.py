@@ -39,6 +39,7 @@ LAUNCH = {  # of the CUDA kernels, see `launches`; y: rows of packed codes, x: r
     "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros, keys of the window; no loop
     "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},  # its values
     "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
+    "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},  # weighing them
 }
 NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
 
@@ -575,6 +576,7 @@ class KiviCache(Cache):
         s, z = (self.first(x, nb, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2) for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
         if half:
             p = [_stored(x.to(torch.float16)) for x in p]
+        z = z.float()  # or the sums of p * zero, which largely cancel the others, would be float16
         zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
         terms = [(x[:, :, :, None] * s[:, :, :, a, :, None], *plane) for a, (x, plane) in enumerate(zip(p, _planes(w, c.v_bits, half)))]
         return (_product(*terms) + zero[..., None]).transpose(3, 4).flatten(-2)  # sums [B, Hk, nb, D / G, M, G]
@@ -642,15 +644,21 @@ def launches():
     from torch._inductor.virtualized import V
 
     def kind(features):
-        """Key of LAUNCH, or None. The window has R + 1 slots, a sum of odd length. Any short reduction counts as a softmax, also those around attention (they are small)."""
+        """Key of LAUNCH, or None. The window has R + 1 slots, a sum of odd length; the number of blocks is a symbol.
+
+        Any short reduction counts as a softmax, also those around attention (they are small).
+        """
         n = str(features.reduction_numel)  # a number, or a symbol
         nodes = [getattr(n, "node", None) for n in features.scheduler_nodes()]
         if any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes):
             reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
-            if any(V.graph.get_dtype(r) == torch.uint8 for r in reads):
+            types = {V.graph.get_dtype(r) for r in reads}
+            if torch.uint8 in types:
                 return "packed"
-            return "window" if n.isdigit() and int(n) % 32 else "plain"
-        return "softmax" if features.is_reduction() and n.isdigit() and int(n) <= 512 else None
+            return "window" if n.isdigit() and int(n) % 32 and torch.float32 not in types else "plain"
+        if not features.is_reduction() or n.isdigit() and int(n) > 512:
+            return None
+        return "softmax" if n.isdigit() else "blocks"
 
     class Launches(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):

@@ -1871,8 +1871,10 @@ def test_attend_on_cuda(name, fresh_compiler):
     fast = kivi.compiled_attention(KiviCache, "cuda")
     for call in (cache.attend, lambda q: fast(cache, q, cache.pos - 1, cache.blocks(cache.length))):
         out = call(q)
-        for b, n in enumerate((61, 190, 560, 1000)):
-            assert rel(out[b, :, 0], dense_attention(q[b, :, 0], k_read[b, :, :n], v_read[b, :, :n])) <= 2e-3
+        want = torch.stack([dense_attention(q[b, :, 0], k_read[b, :, :n], v_read[b, :, :n]) for b, n in enumerate((61, 190, 560, 1000))])
+        assert rel(out[:, :, 0], want) <= 2e-3
+        for row, exact in zip(out[:, :, 0], want):  # a row is short: its share of bfloat16's rounding varies
+            assert rel(row, exact) <= rel(exact.bfloat16(), exact) + 5e-4
         assert all(torch.equal(call(q), out) for _ in range(100)), "kernels overlap that depend on each other"
 
 
