@@ -252,6 +252,9 @@ def size(n):
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
 
 
+SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round up and fragment
+
+
 def largest(high, fits):
     """The largest n of 0 .. high with fits(n), where fits is true up to some n and false beyond."""
     low = 0
@@ -273,9 +276,9 @@ def reserve(model, batch, prompt, capacity, args, options):
         free += need(1, capacity)["weights"] + (0 if model.cache is None else sum(layer.cache.nbytes for layer in model.layers))
     if args.memory_gb is not None:
         free = min(free or float("inf"), args.memory_gb * 2**30)
-    fits = lambda B, n: free is None or sum(need(B, n).values()) <= free
+    fits = lambda B, n, share=1.0: free is None or sum(need(B, n).values()) <= share * free
     if batch < 0:
-        batch = max(1, largest(-batch, lambda B: fits(B, capacity)))
+        batch = max(1, largest(-batch, lambda B: fits(B, capacity, SAFE)))
     parts = need(batch, capacity)
     total = sum(parts.values())
     if not fits(batch, capacity):

@@ -299,7 +299,8 @@ class Transformer(nn.Module):
                  of what prefill or a decode step allocates beside weights and caches, whichever is more
         """
         c, dtype = self.config, self.embed.weight.dtype
-        parts = {"weights": sum({t.data_ptr(): t.nbytes for t in self.parameters()}.values()), "codes": 0, "metadata": 0, "window": 0}
+        weights = [*self.parameters(), *(b for name, b in self.named_buffers() if ".cache." not in name)]
+        parts = {"weights": sum(w.nbytes for w in weights), "codes": 0, "metadata": 0, "window": 0}
         configs = self.kv_configs(kv, **options)
         for config in configs:
             if config is None:
@@ -363,21 +364,24 @@ class Transformer(nn.Module):
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
         rows, chunk = self.groups(L, chunk)
         self.cache.pos.copy_(torch.tensor(lengths))
-        logits, finite = [], []
-        for row in range(0, B, rows):
-            pos = self.cache.pos[row : row + rows]
-            x = self.embed(tokens[row : row + rows, : max(lengths[row : row + rows])])
-            cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
-            for layer in self.layers:
-                x, ok = layer.prefill(x, cos, sin, pos, row, chunk)
-                finite.append(ok)
-            # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
-            logits.append(self.head(self.norm(x[torch.arange(len(x), device=x.device), pos - 1])))
+        parts = [self.prefill_rows(tokens[r : r + rows, : max(lengths[r : r + rows])], r, chunk) for r in range(0, B, rows)]
         self.cache.lengths[:] = lengths
-        logits = torch.cat(logits)
-        if not torch.stack([torch.isfinite(logits).all(), *finite]).all():
+        logits = torch.cat([x for x, _ in parts])
+        if not torch.stack([torch.isfinite(logits).all(), *(ok for _, ok in parts)]).all():
             raise ValueError(f"the model computes NaN or inf: its weights are damaged or {logits.dtype} is too narrow for it")
         return logits
+
+    @torch.no_grad()
+    def prefill_rows(self, tokens, row, chunk):
+        """`prefill` of some rows: tokens [b, L] of the rows from `row` on, whose lengths `cache.pos` holds -> logits [b, V], finite."""
+        pos = self.cache.pos[row : row + len(tokens)]
+        x, finite = self.embed(tokens), []
+        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
+        for layer in self.layers:
+            x, ok = layer.prefill(x, cos, sin, pos, row, chunk)
+            finite.append(ok)
+        # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
+        return self.head(self.norm(x[torch.arange(len(x), device=x.device), pos - 1])), torch.stack(finite).all()
 
     @torch.no_grad()
     def decode(self, tokens, blocks):
