@@ -1,7 +1,8 @@
 """Text generation with a KIVI cache: `python generate.py` writes English with the checkpoint in tiny/.
 
 The device half of decoding (`Decoder`) never waits for the host: the sampled token feeds the next step on the device, the
-host reads it one step later. On CUDA every step is one CUDA graph, one for each bucket of the filled length.
+host reads it one step later. On CUDA every step is one CUDA graph, one for each bucket of the filled length. Many prompts run
+in waves of one batch size over the same caches, so that buffers and graphs stay.
 """
 import argparse
 import gc

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from kivi import FILL, PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
+from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, slices
 
 SUPPORTED = {  # architectures entry of config.json -> what its config.json leaves unsaid
     "LlamaForCausalLM": {},
@@ -313,9 +313,9 @@ class Transformer(nn.Module):
         rest = batch * c.vocab_size * (2 * dtype.itemsize + 12)  # logits, and sampling in float32
         rest += 2**27 if self.embed.weight.is_cuda else 0  # workspaces of the libraries
         step = self._decode_bytes(batch, max_len, configs[0] is not None)
-        return parts | {"activations": int(max(self._prefill_bytes(batch, prompt), step) + rest)}
+        return parts | {"activations": int(max(self._prefill_bytes(batch, prompt, configs[0]), step) + rest)}
 
-    def _prefill_bytes(self, batch, prompt):
+    def _prefill_bytes(self, batch, prompt, config):
         """Upper bound of what `prefill` allocates, without logits: the temporaries that live at the same time, in `Block.prefill`."""
         c, e = self.config, self.embed.weight.dtype.itemsize
         Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -325,7 +325,8 @@ class Transformer(nn.Module):
         attention = 4 * Q * e + 2 * c.dim * e
         mlp = 2 * Q * e + max((4 * c.hidden_dim + 2 * c.dim) * e, (8 + 3 * e) * c.dim)  # gate and up, silu, product; or the norm
         mask = 0 if self.embed.weight.is_cuda or part == prompt else part * prompt * (1 + e)
-        fill = min(rows * prompt * K, FILL) * (e + 16)
+        first, end = slices(prompt, rows * K, 1 if config is None else 4 * config.group_size)[0]
+        fill = rows * (end - first) * K * (e + 16)
         kept = prompt * (rows * (c.dim + 2 * K) * e + 8 * c.head_dim)  # x, the layer's K and V, cos and sin
         return kept + max(rows * part * max(rotation, mlp), rows * part * attention + mask, fill)
 
@@ -350,7 +351,7 @@ class Transformer(nn.Module):
         if chunk is None and self.embed.weight.device.type == "cpu":
             return 1, 1024
         chunk = chunk or 4096
-        return max(1, chunk // L), chunk
+        return max(1, chunk // max(L, 128)), chunk  # quantizing rounds short rows up to that
 
     @torch.no_grad()
     def prefill(self, tokens, lengths=None, chunk=None):
