@@ -312,7 +312,7 @@ class Transformer(nn.Module):
                 parts[name] += n
         rest = batch * c.vocab_size * (2 * dtype.itemsize + 12)  # logits, and sampling in float32
         rest += 2**27 if self.embed.weight.is_cuda else 0  # workspaces of the libraries
-        step = self._decode_bytes(batch, max_len, configs[0] is not None)
+        step = self._decode_bytes(batch, max_len, configs[0])
         return parts | {"activations": int(max(self._prefill_bytes(batch, prompt, configs[0]), step) + rest)}
 
     def _prefill_bytes(self, batch, prompt, config):
@@ -330,14 +330,14 @@ class Transformer(nn.Module):
         kept = prompt * (rows * (c.dim + 2 * K) * e + 8 * c.head_dim)  # x, the layer's K and V, cos and sin
         return kept + max(rows * part * max(rotation, mlp), rows * part * attention + mask, fill)
 
-    def _decode_bytes(self, batch, max_len, packed):
+    def _decode_bytes(self, batch, max_len, config):
         """The same for one decode step at full length."""
         c = self.config
         rest = batch * (4 * c.hidden_dim + 8 * c.dim) * 4
-        if not packed:
+        if config is None:
             return rest + batch * max_len * 8  # the mask
         scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
-        partial = batch * c.n_heads * c.head_dim * 8 * -(-max_len // 512)  # every block's result
+        partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
         eager = self.decode_block is Block.decode  # then attention writes one layer's K or V out in float32
         return rest + scores + partial + eager * batch * c.n_kv_heads * max_len * c.head_dim * 5.5
 
