@@ -438,9 +438,11 @@ def throughput(args, device):
                 if not top:
                     say(f"  {name} {prompt}/{output} {label}: not one row fits")
                     continue
-                other.setdefault("bf16", top)
+                other[label] = top
                 lengths = [prompt + round(i * (output - 1) / 3) for i in range(4)]
-                for batch in args.batches or sample_batches(min(top, args.batch or top), other["bf16"], args.curve):
+                batches = args.batches or sample_batches(top, other.get("bf16", 0), args.curve)
+                while batches:
+                    batch = batches.pop(0)
                     r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest": batch == top}
                     r["formula_bytes"] = run_bytes(model, batch, prompt, output, kv, options)
                     try:
@@ -453,6 +455,9 @@ def throughput(args, device):
                         r["failed"] = str(error)[:200]
                         say(f"  {name} {prompt}/{output} {label} B={batch}: out of memory")
                         results.append(r)
+                        if batch == top > 1:  # the formula was too small: a little less, so that the comparison does not end here
+                            top = int(0.95 * batch)
+                            batches.append(top)
                         continue
                     r["decode_s"] = integral(lengths, steps) + steps[-1] * (output - 1 - (lengths[-1] - lengths[0]))
                     r["tokens_per_s"] = batch * output / (r["prefill_s"] + r["decode_s"])
@@ -470,14 +475,14 @@ def throughput(args, device):
                     r["verified"] = end_to_end(model, r, kv, options, device)
         del model
         clear(device)
-    print(f"\n{args.budget_gb:g} GB budget\n\n| model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | prefill, s | step, ms | roofline, ms |"
+    print(f"\n{args.budget_gb:g} GB budget\n\n| model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | prefill, s | step, ms | roofline, ms: weights, products, KV |"
           "\n|---|---|---|---|---|---|---|---|---|---|")
     for r in results:
         if "failed" not in r:
-            floor = max(r["roofline_ms"]["weights"], r["roofline_ms"]["matmul"]) + r["roofline_ms"]["kv"]
+            floor = ", ".join(f"{r['roofline_ms'][k]:.2f}" for k in ("weights", "matmul", "kv"))
             print(f"| {r['model']} | {r['prompt']}/{r['output']} | {r['cache']} | {r['batch']}{' (largest)' if r['largest'] else ''} | {r['tokens_per_s']:.1f} "
                   f"| {r['decode_tokens_per_s']:.1f} | {r.get('peak_bytes', r['formula_bytes']) / 1e9:.2f} | {r['prefill_s']:.2f} "
-                  f"| {statistics.mean(r['step_ms']):.2f} | {floor:.2f} |")
+                  f"| {statistics.mean(r['step_ms']):.2f} | {floor} |")
     print("\n| model | prompt/output | cache | batch against bf16 | tokens/s | decoding only | peak memory at bf16's largest batch |\n|---|---|---|---|---|---|---|")
     ratios = []
     for r in (r for r in results if r["largest"] and r["cache"] != "bf16" and "failed" not in r):

@@ -265,8 +265,8 @@ def largest(high, fits):
     return low
 
 
-def reserve(model, batch, prompt, capacity, args, options):
-    """The batch to use: `batch`, or for "auto" (a maximum given as a negative number) the largest that fits.
+def reserve(model, batch, most, prompt, capacity, args, options):
+    """The batch to use: `batch`, or where it is None the largest of up to `most` rows that fits.
 
     prompt, capacity  tokens of the longest prompt, and of a row at its end
     raises            ValueError, naming the largest batch or capacity that fits, before anything is allocated
@@ -278,8 +278,8 @@ def reserve(model, batch, prompt, capacity, args, options):
     if args.memory_gb is not None:
         free = min(free or float("inf"), args.memory_gb * 2**30)
     fits = lambda B, n, share=1.0: free is None or sum(need(B, n).values()) <= share * free
-    if batch < 0:
-        batch = max(1, largest(-batch, lambda B: fits(B, capacity, SAFE)))
+    if batch is None:
+        batch = max(1, largest(most, lambda B: fits(B, capacity, SAFE)))
     parts = need(batch, capacity)
     total = sum(parts.values())
     if not fits(batch, capacity):
@@ -348,7 +348,7 @@ def answer_all(model, tokenizer, args):
     jobs = read_prompts(args.prompts, model, tokenizer, args)
     options = cache_options(args)
     capacity, longest = max(len(j.ids) + j.limit for j in jobs), max(len(j.ids) for j in jobs)
-    batch = reserve(model, args.batch_size or -len(jobs), longest, capacity, args, options)
+    batch = reserve(model, args.batch_size, len(jobs), longest, capacity, args, options)
     results, total = {}, {"prefill_s": 0.0, "decode_s": 0.0, "waves": 0, "decoded": 0}
     try:
         # The longest first: what does not fit shows at once, and rows of a wave have much the same work.
@@ -508,7 +508,7 @@ def answer(model, tokenizer, prompt, args):
     ids = tokenizer.encode(prompt).ids
     new = args.max_new_tokens or max(1, min(200, model.config.max_len - len(ids)))
     options = cache_options(args)
-    reserve(model, 1, len(ids), len(ids) + new, args, options)
+    reserve(model, 1, 1, len(ids), len(ids) + new, args, options)
     model.setup_caches(1, len(ids) + new, args.kv, **options)
     stream, text, stats = DecodeStream(ids=ids), [], {}
 
