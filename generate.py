@@ -296,7 +296,8 @@ def reserve(model, batch, most, prompt, capacity, args, options):
 
 
 def out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    named = any(text in str(error) for text in ("out of memory", "can't allocate memory"))  # as other layers of torch say it
+    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 # ---- many prompts -------------------------------------------------------------------------------------------------------
