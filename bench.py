@@ -2,12 +2,16 @@
 
     python bench.py attention        one layer's decode attention: SDPA, FlexAttention, FullCache, kivi4, kivi2
     python bench.py decode           a whole decode step of Llama-2-7B and Llama-3.1-8B shapes, random weights
+    python bench.py throughput       tokens/s against the batch within --budget-gb, short and long loads, random weights
+    python bench.py memory           bytes a token of every cache, by the formula and as allocated; peak of whole runs
     python bench.py quality          perplexity through the cache, teacher-forced, on the embedded checkpoint
 
 Times are medians of CUDA-graph replays over enough caches to exceed the L2 (wall-clock medians on a CPU). The last line of
 stdout is one JSON object; --json FILE writes it.
 """
 import argparse
+import dataclasses
+import gc
 import json
 import math
 import platform
@@ -22,7 +26,7 @@ from torch.nn import functional as F
 
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
-from model import ModelConfig, Transformer
+from model import Block, ModelConfig, Transformer
 
 SHAPES = {  # name -> B, H, Hk, T, D
     "mha": (16, 32, 32, 8192, 128),
@@ -46,6 +50,8 @@ MODELS = {
     "llama-2-7b": (ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 1 << 17), 16, 8192),
     "llama-3.1-8b": (ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 1 << 17, rope_theta=500000.0), 32, 16384),
 }
+TINY = ModelConfig(512, 64, 2, 4, 2, 32, 128, 1 << 17)  # runs anywhere, in tests
+REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {})}  # many at once
 
 
 def say(*text):
@@ -274,13 +280,361 @@ def decode(args, device):
     return {"copy_GB/s": bandwidth / 1e9, "rows": results}
 
 
+# ---- many requests: memory and throughput -------------------------------------------------------------------------------
+
+def run_bytes(model, batch, prompt, output, kv, options):
+    return sum(model.memory(batch, prompt, prompt + output, kv, **options).values())
+
+
+def largest_batch(model, prompt, output, kv, options, budget):
+    return generate.largest(1 << 16, lambda B: run_bytes(model, B, prompt, output, kv, options) <= generate.SAFE * budget)
+
+
+def start_caches(model, batch, capacity, kv, options):
+    """Caches of `batch` rows full of random numbers (zeros would flatter: a GPU computes them at a higher clock)."""
+    for layer in model.layers:
+        layer.cache = None
+    clear(model.embed.weight.device)
+    model.setup_caches(batch, capacity, kv, **options)
+    for layer in model.layers:
+        for name, buffer in layer.cache.named_buffers():
+            if name not in ("pos", "index"):
+                buffer.random_(0, 256) if buffer.dtype == torch.uint8 else buffer.normal_(0, 0.1)
+        if kv == "bf16":
+            layer.cache.__class__ = ExactFullCache
+
+
+def clear(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def compile_step(model, kv, device):
+    """The compiled step of a measurement. Full precision: flash attention of the library over exactly the tokens present."""
+    torch.compiler.reset()
+    if device.type != "cuda":
+        return
+    model.compile()
+    model.flush_block = lambda layer, pos: layer.cache.flush(pos)  # once in R steps: eager costs little, and no compilation
+    if kv == "bf16":
+        before, after = (torch.compile(f, fullgraph=True) for f in (Block.before, Block.after))
+        model.decode_block = lambda layer, x, cos, sin, pos, blocks: after(
+            layer, x, layer.cache.attention(before(layer, x, cos, sin, pos), pos, blocks))
+
+
+def at_length(model, n):
+    """Puts the end of every row at n tokens. The cost of a step depends on that alone."""
+    model.cache.pos.fill_(n)
+    model.cache.lengths[:] = [n] * model.cache.batch
+    for layer in model.layers:
+        layer.cache.tokens = n + 1  # of ExactFullCache
+
+
+def seconds(call, device, repeats):
+    """Median seconds of a call that ends on the device."""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def forget_graphs(decoder):
+    decoder.graphs, decoder.pool = None if decoder.graphs is None else {}, None
+
+
+def prefill_seconds(model, batch, prompt, device, repeats=1):
+    """Seconds of a prefill of `batch` rows: a loop over groups of rows, of which the first is measured."""
+    rows, chunk = model.groups(prompt)
+    rows = min(rows, batch)
+    tokens = torch.randint(model.config.vocab_size, (rows, prompt), device=device)
+    model.cache.pos.fill_(prompt)
+    call = lambda: model.prefill_rows(tokens, 0, chunk)
+    call() if prompt <= 4096 else None  # warm-up; a long prompt is its own
+    return seconds(call, device, repeats) * batch / rows
+
+
+def step_seconds(model, batch, lengths, device, repeats=9):
+    """Seconds of one decode step, of the model's share of flushes included, at each of the lengths."""
+    token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
+    out = []
+    decoder = generate.Decoder(model, token, temperature=0.0)
+    for n in lengths:
+        if isinstance(model.cache, ExactFullCache):
+            forget_graphs(decoder)  # the length is part of them
+        at_length(model, n)
+        decoder()
+        graph = decoder.graphs[len(model.cache.blocks(n + 1, bucket=True))] if device.type == "cuda" else None
+
+        def step():
+            model.cache.pos.fill_(n)
+            if graph is not None:
+                return graph.replay()
+            decoder._step(model.cache.blocks(n + 1))
+
+        out.append(seconds(step, device, repeats))
+    if isinstance(model.cache, KiviCache):
+        model.cache.pos.fill_(model.cache.config.residual)
+        model.flush()
+        flush = seconds(model.flush, device, 3) / model.cache.config.residual
+        out = [t + flush for t in out]
+    return out
+
+
+def integral(lengths, values):
+    """Sum of a piecewise linear function over the whole numbers lengths[0] .. lengths[-1] - 1, nearly."""
+    return sum((b - a) * (x + y) / 2 for a, b, x, y in zip(lengths, lengths[1:], values, values[1:]))
+
+
+def matmul_speed(device):
+    """Floating-point operations a second of a large product: the other ceiling."""
+    n = 8192 if device.type == "cuda" else 512
+    x, y = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / timed([lambda: x @ y], device, 10)
+
+
+def sample_batches(top, other, curve):
+    """Batches to measure: the largest, that of the other cache, and, for a curve, powers of four below."""
+    return sorted({top, *([other, *(4**i for i in range(8))] if curve else [])} & set(range(1, top + 1)))
+
+
+def shape(args, name):
+    config = TINY if name == "tiny" else MODELS[name][0]
+    return dataclasses.replace(config, n_layers=args.layers or config.n_layers)
+
+
+def loads(args):
+    return [tuple(map(int, text.split("/"))) for text in args.loads]
+
+
+def cap(device, budget):
+    """Lets allocations beyond the budget fail, as on a card of that size. The CUDA context comes on top."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.get_device_properties(device).total_memory))
+
+
+def throughput(args, device):
+    """Tokens a second against the batch, until the budget is full: the paper's Figure 5, and long contexts.
+
+    A row's tokens/s count prefill and decoding of the whole load. Its time is that of one measured group of the prefill times the
+    groups, and the measured decode step integrated over 4 lengths; `--verify` runs one batch of each load from end to end beside it.
+    """
+    bandwidth, flops, results, budget = copy_bandwidth(device), matmul_speed(device), [], args.budget_gb * 1e9
+    say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, matrix product {flops / 1e12:.0f} TFLOP/s, budget {args.budget_gb:g} GB")
+    cap(device, budget)
+    for name in args.models or MODELS:
+        model = random_model(shape(args, name), device)
+        weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("embed"))
+        for prompt, output in loads(args):
+            other = {}
+            for label in args.caches or REQUESTS:
+                kv, options = REQUESTS[label]
+                compile_step(model, kv, device)
+                top = largest_batch(model, prompt, output, kv, options, budget)
+                if not top:
+                    say(f"  {name} {prompt}/{output} {label}: not one row fits")
+                    continue
+                other[label] = top
+                lengths = [prompt + round(i * (output - 1) / 3) for i in range(4)]
+                batches = args.batches or sample_batches(top, other.get("bf16", 0), args.curve)
+                while batches:
+                    batch = batches.pop(0)
+                    r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest": batch == top}
+                    r["formula_bytes"] = run_bytes(model, batch, prompt, output, kv, options)
+                    try:
+                        begin = time.perf_counter()
+                        start_caches(model, batch, prompt + output, kv, options)
+                        r["prefill_s"] = prefill_seconds(model, batch, prompt, device)
+                        steps = step_seconds(model, batch, lengths, device)
+                        r["step_ms"], r["took_s"] = [1e3 * t for t in steps], time.perf_counter() - begin
+                    except torch.OutOfMemoryError as error:
+                        r["failed"] = str(error)[:200]
+                        say(f"  {name} {prompt}/{output} {label} B={batch}: out of memory")
+                        results.append(r)
+                        if batch == top > 1:  # the formula was too small: a little less, so that the comparison does not end here
+                            top = int(0.95 * batch)
+                            batches.append(top)
+                        continue
+                    r["decode_s"] = integral(lengths, steps) + steps[-1] * (output - 1 - (lengths[-1] - lengths[0]))
+                    r["tokens_per_s"] = batch * output / (r["prefill_s"] + r["decode_s"])
+                    r["decode_tokens_per_s"] = batch * (output - 1) / r["decode_s"]
+                    middle = prompt + output // 2
+                    kv_bytes = sum(v for k, v in model.memory(batch, 1, middle, kv, **options).items() if k in ("codes", "metadata", "window"))
+                    r["roofline_ms"] = {"weights": weights / bandwidth * 1e3, "matmul": weights / 2 * 2 * batch / flops * 1e3, "kv": kv_bytes / bandwidth * 1e3}
+                    if device.type == "cuda":
+                        r["peak_bytes"], r["reserved_bytes"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                    results.append(r)
+                    say(f"  {name} {prompt}/{output} {label} B={batch}: {r['tokens_per_s']:.0f} tokens/s, prefill {r['prefill_s']:.1f} s, step "
+                        f"{r['step_ms'][0]:.2f} to {r['step_ms'][-1]:.2f} ms, peak {r.get('peak_bytes', 0) / 1e9:.1f} GB of {r['formula_bytes'] / 1e9:.1f} "
+                        f"by the formula ({r['took_s']:.0f} s)")
+                if args.verify and label == list(args.caches or REQUESTS)[-1] and "failed" not in r:
+                    r["verified"] = end_to_end(model, r, kv, options, device)
+        del model
+        clear(device)
+    print(f"\n{args.budget_gb:g} GB budget\n\n| model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | prefill, s | step, ms | roofline, ms: weights, products, KV |"
+          "\n|---|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        if "failed" not in r:
+            floor = ", ".join(f"{r['roofline_ms'][k]:.2f}" for k in ("weights", "matmul", "kv"))
+            print(f"| {r['model']} | {r['prompt']}/{r['output']} | {r['cache']} | {r['batch']}{' (largest)' if r['largest'] else ''} | {r['tokens_per_s']:.1f} "
+                  f"| {r['decode_tokens_per_s']:.1f} | {r.get('peak_bytes', r['formula_bytes']) / 1e9:.2f} | {r['prefill_s']:.2f} "
+                  f"| {statistics.mean(r['step_ms']):.2f} | {floor} |")
+    print("\n| model | prompt/output | cache | batch against bf16 | tokens/s | decoding only | peak memory at bf16's largest batch |\n|---|---|---|---|---|---|---|")
+    ratios = []
+    for r in (r for r in results if r["largest"] and r["cache"] != "bf16" and "failed" not in r):
+        same = [x for x in results if "failed" not in x and all(x[k] == r[k] for k in ("model", "prompt", "output"))]
+        full = [x for x in same if x["cache"] == "bf16" and x["largest"]]
+        if full:
+            best = lambda cache, key: max(x[key] for x in same if x["cache"] == cache)
+            peak = lambda x: x.get("peak_bytes", x["formula_bytes"])
+            at = [x for x in same if x["cache"] == r["cache"] and x["batch"] == full[0]["batch"]]
+            ratio = {"batch": r["batch"] / full[0]["batch"], "peak": peak(full[0]) / peak(at[0]) if at else None,
+                     **{key: best(r["cache"], key) / best("bf16", key) for key in ("tokens_per_s", "decode_tokens_per_s")}}
+            ratios.append({**{k: r[k] for k in ("model", "prompt", "output", "cache")}, **ratio})
+            less = "-" if ratio["peak"] is None else f"{ratio['peak']:.2f}× lower"
+            print(f"| {r['model']} | {r['prompt']}/{r['output']} | {r['cache']} | {ratio['batch']:.2f}× | {ratio['tokens_per_s']:.2f}× "
+                  f"| {ratio['decode_tokens_per_s']:.2f}× | {less} |")
+    if args.plot:
+        plot(results, Path(args.plot))
+    return {"copy_GB/s": bandwidth / 1e9, "matmul_TFLOP/s": flops / 1e12, "budget_GB": args.budget_gb, "rows": results, "ratios": ratios}
+
+
+def end_to_end(model, r, kv, options, device):
+    """One batch of a load, really run: {seconds of prefill and decoding} beside the estimates of row r."""
+    for layer in model.layers:
+        layer.cache = None
+    clear(device)
+    model.setup_caches(r["batch"], r["prompt"] + r["output"], kv, **options)
+    stats, prompts = {}, torch.randint(model.config.vocab_size, (r["batch"], r["prompt"]), device=device)
+    generate.generate(model, prompts, r["output"], stop=(), stats=stats)
+    say(f"    end to end: prefill {stats['prefill_s']:.2f} s (estimate {r['prefill_s']:.2f}), decoding {stats['decode_s']:.2f} s (estimate {r['decode_s']:.2f})")
+    return stats
+
+
+def plot(results, prefix):
+    """Tokens/s and peak memory against the batch, one PNG a model and load, named after `prefix`."""
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no plots: matplotlib is not installed")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for key in sorted({(r["model"], r["prompt"], r["output"]) for r in results}):
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for cache in dict.fromkeys(r["cache"] for r in results):
+            rows = sorted((r for r in results if (r["model"], r["prompt"], r["output"]) == key and r["cache"] == cache and "failed" not in r),
+                          key=lambda r: r["batch"])
+            for axis, of in zip(axes, (lambda r: r["tokens_per_s"], lambda r: r.get("peak_bytes", r["formula_bytes"]) / 1e9)):
+                axis.plot([r["batch"] for r in rows], [of(r) for r in rows], marker="o", label=cache)
+        for axis, label in zip(axes, ("tokens/s, prefill included", "peak memory, GB")):
+            axis.set(xlabel="batch", ylabel=label, ylim=(0, None))
+            axis.legend()
+        figure.suptitle(f"{key[0]}, {key[1]} prompt and {key[2]} new tokens")
+        figure.savefig(f"{prefix}-{key[0]}-{key[1]}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def memory(args, device):
+    """Bytes a token of the caches, by the formula and as allocated, and the peak of whole runs with the weights."""
+    table, runs = [], []
+    on_device = (lambda: (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())) if device.type == "cuda" else None
+    for name in args.models or MODELS:
+        c = shape(args, name)
+        sizes = (c.n_kv_heads, c.head_dim)
+        for T in args.lengths:
+            full = None
+            for label, config in [("bf16", None)] + [(f"{kv} G{G} R{R}", dataclasses.replace(PRESETS[kv], group_size=G, residual=R))
+                                                     for kv in ("kivi4", "k4v2", "kivi2") for G in (32, 64, 128) for R in (32, 128) if R >= G]:
+                if config is not None and c.head_dim % config.group_size:
+                    continue
+                cls, options = (FullCache, {}) if config is None else (KiviCache, vars(config))
+                formula = (FullCache if config is None else config).bytes(1, sizes[0], T, sizes[1], torch.bfloat16)
+                full = full or formula
+                row = {"model": name, "tokens": T, "cache": label, "formula": c.n_layers * formula / T, "ratio": full / formula}
+                clear(device)
+                before = on_device() if on_device else None
+                cache = cls(1, sizes[0], T, sizes[1], dtype=torch.bfloat16, device=device, **options)
+                row["buffers"] = c.n_layers * cache.nbytes / T
+                if on_device:
+                    row["allocated"], row["reserved"] = (c.n_layers * (b - a) / T for a, b in zip(before, on_device()))
+                del cache
+                table.append(row)
+    print("\nOne row's cache, bytes a token, all layers (measured on one)\n\n| model | tokens | cache | formula | buffers | allocated | reserved | smaller than bf16 |"
+          "\n|---|---|---|---|---|---|---|---|")
+    for r in table:
+        measured = " | ".join(f"{r[k]:.0f}" if k in r else "-" for k in ("formula", "buffers", "allocated", "reserved"))
+        print(f"| {r['model']} | {r['tokens']} | {r['cache']} | {measured} | {r['ratio']:.2f}× |")
+
+    budget = args.budget_gb * 1e9
+    cap(device, budget)
+    for name in args.models or MODELS:
+        model = random_model(shape(args, name), device)
+        for prompt, output in [(args.prefill, 64)] if args.prefill else loads(args):
+            batch = args.batch
+            for label in args.caches or REQUESTS:
+                kv, options = REQUESTS[label]
+                compile_step(model, kv, device)
+                top = largest_batch(model, prompt, output, kv, options, budget)
+                batch = batch or (1 if args.prefill else max(1, top))  # that of the first cache, full precision
+                r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest_batch": top,
+                     **model.memory(batch, prompt, prompt + output, kv, **options)}
+                r["formula_bytes"] = run_bytes(model, batch, prompt, output, kv, options)
+                for layer in model.layers:
+                    layer.cache = None
+                clear(device)
+                try:
+                    model.setup_caches(batch, prompt + output, kv, **options)
+                    tokens = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
+                    start = time.perf_counter()
+                    logits = model.prefill(tokens)
+                    r["prefill_s"] = time.perf_counter() - start
+                    if kv == "bf16":
+                        for layer in model.layers:
+                            layer.cache.__class__ = ExactFullCache
+                    decoder = generate.Decoder(model, logits.argmax(-1)[:, None], temperature=0.0)
+                    for n in (prompt, prompt + output - 1):  # the first step, and the last, which reads most
+                        at_length(model, n)
+                        forget_graphs(decoder)
+                        decoder()
+                    decoder.token.tolist()
+                    if on_device:
+                        r["peak_bytes"], r["reserved_bytes"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                except torch.OutOfMemoryError as error:
+                    r["failed"] = str(error)[:200]
+                decoder = logits = None
+                runs.append(r)
+                say(f"  {name} {prompt}/{output} {label} B={batch}: " + (r.get("failed") or
+                    f"prefill {r['prefill_s']:.1f} s, peak {r.get('peak_bytes', 0) / 1e9:.2f} GB, {r['formula_bytes'] / 1e9:.2f} by the formula"))
+        del model
+        clear(device)
+    print(f"\nWhole runs within {args.budget_gb:g} GB, weights included, at the batch that fits with the first cache\n\n| model | prompt/output | batch | cache | weights | K and V | "
+          "activations | formula, GB | peak, GB | reserved, GB | less than the first | largest batch |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in runs:
+        first = next(x for x in runs if all(x[k] == r[k] for k in ("model", "prompt")))
+        peak = lambda x: x.get("peak_bytes", x["formula_bytes"])
+        r["less"] = None if "failed" in r or "failed" in first else peak(first) / peak(r)
+        gb = " | ".join(f"{n / 1e9:.3f}" for n in (r["weights"], r["codes"] + r["metadata"] + r["window"], r["activations"], r["formula_bytes"]))
+        measured = " | ".join(f"{r[k] / 1e9:.2f}" if k in r else "failed" if "failed" in r else "-" for k in ("peak_bytes", "reserved_bytes"))
+        print(f"| {r['model']} | {r['prompt']}/{r['output']} | {r['batch']} | {r['cache']} | {gb} | {measured} | {r['less'] and round(r['less'], 2)} "
+              f"| {r['largest_batch']} |")
+    return {"budget_GB": args.budget_gb, "bytes_per_token": table, "runs": runs}
+
+
 @torch.no_grad()
 def quality(args, device):
     """Perplexity of a text, teacher-forced through the cache after a full-precision prefill: what decoding really reads."""
     model, tokenizer = generate.load(args.checkpoint, device, torch.float32)
     text = Path(args.text or generate.EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer.encode(text).ids[: args.tokens or 2048], device=device)[None]
-    n = min(args.prefill, ids.shape[1] // 2)
+    n = min(args.prefill or 256, ids.shape[1] // 2)
     results, base = [], None
     for kv, options in (("bf16", {}), ("kivi4", {}), ("k4v2", {}), ("kivi2", {}), ("kivi2", {"residual": 32})):
         start = time.perf_counter()
@@ -309,15 +663,22 @@ def quality(args, device):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("attention", "decode", "quality"))
+    p.add_argument("what", choices=("attention", "decode", "throughput", "memory", "quality"))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, help="attention: which shapes")
-    p.add_argument("--caches", nargs="+", help="attention, decode: which caches")
-    p.add_argument("--models", nargs="+", choices=MODELS, help="decode: which models")
+    p.add_argument("--caches", nargs="+", help=f"which caches (throughput, memory: {', '.join(REQUESTS)})")
+    p.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"], help="decode, throughput, memory: which models")
+    p.add_argument("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="throughput, memory: prompt/output tokens")
+    p.add_argument("--budget-gb", type=float, default=80.0, help="throughput, memory: 1e9 bytes that a run may take, enforced on CUDA")
+    p.add_argument("--batches", nargs="+", type=int, help="throughput: these instead of the largest")
+    p.add_argument("--curve", action="store_true", help="throughput: also powers of four below the largest batch, and the largest of full precision")
+    p.add_argument("--verify", action="store_true", help="throughput: run the largest batch of the last cache from end to end as well")
+    p.add_argument("--plot", help="throughput: write PREFIX-model-prompt.png")
+    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768, 131072], help="memory: tokens of a row")
     p.add_argument("--batch", type=int)
     p.add_argument("--tokens", type=int, help="tokens present (decode), tokens scored (quality)")
     p.add_argument("--capacity", type=int, help="decode: capacity of the cache (default: a little more than the tokens present)")
-    p.add_argument("--layers", type=int, help="decode: fewer layers than the model has")
-    p.add_argument("--prefill", type=int, default=256, help="quality: tokens of exact prefill")
+    p.add_argument("--layers", type=int, help="fewer layers than the model has")
+    p.add_argument("--prefill", type=int, help="quality: tokens of exact prefill (default 256); memory: one prompt of this length instead of --loads")
     p.add_argument("--checkpoint", help="quality: as in generate.py")
     p.add_argument("--text", help="quality: text file (default: a held-out excerpt)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

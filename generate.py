@@ -1,13 +1,17 @@
 """Text generation with a KIVI cache: `python generate.py` writes English with the checkpoint in tiny/.
 
 The device half of decoding (`Decoder`) never waits for the host: the sampled token feeds the next step on the device, the
-host reads it one step later. On CUDA every step is one CUDA graph, one for each bucket of the filled length.
+host reads it one step later. On CUDA every step is one CUDA graph, one for each bucket of the filled length. Many prompts run
+in waves of one batch size over the same caches, so that buffers and graphs stay.
 """
 import argparse
+import gc
 import json
+import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -156,26 +160,30 @@ class Mailbox:
 
 
 @torch.no_grad()
-def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_p=None, kv=None, stop=None, on_token=None,
-             stats=None, **options):
+def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_p=None, kv=None, stop=None, on_token=None, on_row=None,
+             stats=None, decoder=None, **options):
     """Continues prompts by up to `max_new_tokens` tokens; a row ends early with a token of `stop` (the model's EOS ids).
 
-    tokens    [B, L] integers, or a list of B lists of unequal lengths
-    kv        name of the cache to set up, with `options` (see Transformer.setup_caches); None keeps the caches that
-              `setup_caches` made if they fit the batch, else "kivi2"
-    on_token  called with the list of the B newest tokens after every step
-    stats     dict that receives prefill_s, decode_s (seconds) and steps
-    returns   the same form as `tokens`, prompt included: [B, L + n] (an early row repeats its last token), or lists
+    tokens          [B, L] integers, or a list of B lists of unequal lengths
+    max_new_tokens  one number, or one a row; 0 makes the row a dummy that only fills the batch
+    kv              name of the cache to set up, with `options` (see Transformer.setup_caches); None keeps the caches that
+                    `setup_caches` made if they fit the batch, else "kivi2"
+    on_token        called with the list of the B newest tokens after every step
+    on_row          called with (row, its new tokens) as soon as a row ends
+    stats           dict that receives prefill_s, decode_s (seconds) and steps
+    decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid; it brings its own sampling
+    returns         the same form as `tokens`, prompt included: [B, L + n] (an early row repeats its last token), or lists
     """
     ragged = not torch.is_tensor(tokens)
     rows = [list(r) for r in tokens] if ragged else tokens.tolist()
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: give at least one token (the beginning-of-text token will do)")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     B, lengths = len(rows), [len(r) for r in rows]
+    limits = [max_new_tokens] * B if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != B or max(limits) < 1 or min(limits) < 0:
+        raise ValueError(f"max_new_tokens must be at least 1, one number or one for each of {B} rows, got {max_new_tokens}")
     device = model.embed.weight.device
-    capacity = max(lengths) + max_new_tokens
+    capacity = max(n + m for n, m in zip(lengths, limits))
     if kv is not None or model.cache is None or model.cache.batch != B:
         model.setup_caches(B, capacity, kv or "kivi2", **options)
     elif capacity > model.cache.max_len:
@@ -187,24 +195,32 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     stop = set(model.config.eos if stop is None else stop)
 
     start = time.perf_counter()
-    token = sample(model.prefill(padded, lengths), temperature, top_k, top_p)[:, None]
-    decoder, mail = Decoder(model, token, temperature=temperature, top_k=top_k, top_p=top_p), Mailbox()
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if decoder is None else decoder.sampling
+    token = sample(model.prefill(padded, lengths), **sampling)[:, None]
+    decoder = decoder or Decoder(model, token, **sampling)
+    decoder.token.copy_(token)
+    mail = Mailbox()
     mail.post(token)
     if token.is_cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    done, n = [False] * B, 0
+    done, n = [m == 0 for m in limits], 0
     new = [[] for _ in rows]
-    while n < max_new_tokens:
+    while n < max(limits):
         n += 1
-        if n < max_new_tokens:
+        if n < max(limits):
             decoder()
             mail.post(decoder.token)
         newest = mail.read()
         for row, t in enumerate(newest):
             if not done[row]:
                 new[row].append(t)
-                done[row] = t in stop
+                done[row] = t in stop or n == limits[row]
+                if done[row]:
+                    if n < max(limits):
+                        model.cache.park(row)
+                    if on_row:
+                        on_row(row, new[row])
         if on_token:
             on_token(newest)
         if all(done):
@@ -218,13 +234,206 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     return torch.tensor([r + r[-1:] * (longest - len(r)) for r in out], device=tokens.device)
 
 
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+def free_bytes(device):
+    """Bytes that this process can still allocate on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+
+
+def size(n):
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+
+
+SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round up and fragment
+
+
+def largest(high, fits):
+    """The largest n of 0 .. high with fits(n), where fits is true up to some n and false beyond."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def reserve(model, batch, most, prompt, capacity, args, options):
+    """The batch to use: `batch`, or where it is None the largest of up to `most` rows that fits.
+
+    prompt, capacity  tokens of the longest prompt, and of a row at its end
+    raises            ValueError, naming the largest batch or capacity that fits, before anything is allocated
+    """
+    need = lambda B, n: model.memory(B, min(prompt, n), n, args.kv, **options)
+    free = free_bytes(model.embed.weight.device)
+    if free is not None:  # the weights are loaded already, and caches of a run before this one will be replaced
+        free += need(1, capacity)["weights"] + (0 if model.cache is None else sum(layer.cache.nbytes for layer in model.layers))
+    if args.memory_gb is not None:
+        free = min(free or float("inf"), args.memory_gb * 2**30)
+    fits = lambda B, n, share=1.0: free is None or sum(need(B, n).values()) <= share * free
+    if batch is None:
+        batch = max(1, largest(most, lambda B: fits(B, capacity, SAFE)))
+    parts = need(batch, capacity)
+    total = sum(parts.values())
+    if not fits(batch, capacity):
+        B = largest(batch, lambda B: fits(B, capacity)) if batch > 1 else 0
+        n = largest(capacity, lambda n: fits(1, n))
+        best = f"a batch of {B} fits" if B else f"{n} tokens fit, prompt included" if n else "not even the weights and one token fit"
+        raise ValueError(f"a batch of {batch} with {capacity} tokens a row needs {size(total)}, {size(free)} are free: {best}")
+    if args.prompts or args.memory_gb is not None:
+        names = {"weights": "weights", "codes": "K and V" if args.kv == "bf16" else "packed codes"}
+        for name, n in (*parts.items(), ("total", total), *([] if free is None else [("free", free)])):
+            print(f"  {names.get(name, name):12} {size(n):>12}", file=sys.stderr)
+        print(f"batch {batch}, {capacity} tokens a row", file=sys.stderr)
+    return batch
+
+
+def out_of_memory(error):
+    named = any(text in str(error) for text in ("out of memory", "can't allocate memory"))  # as other layers of torch say it
+    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+# ---- many prompts -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Job:
+    index: int  # of the prompt in its file, from 0
+    prompt: str
+    ids: list
+    limit: int  # new tokens
+
+
+def read_prompts(file, model, tokenizer, args):
+    """The Jobs of a prompts file: one prompt a line, or JSONL where the first line begins with "{". Empty lines are skipped.
+
+    A line that cannot be used is reported on stderr with its number; it takes an index as well.
+    """
+    lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    jsonl, context, jobs = bool(lines) and lines[0][1].startswith(b"{"), model.config.max_len, []
+    for index, (number, line) in enumerate(lines):
+        try:
+            item = json.loads(line.decode()) if jsonl else {"prompt": line.decode()}
+            prompt = item.get("prompt") if isinstance(item, dict) else None
+            if not isinstance(prompt, str) or not prompt:
+                raise ValueError('no "prompt" with text')
+            prompt.encode()  # half of a surrogate pair passes JSON
+            ids = tokenizer.encode(prompt).ids
+            limit = item.get("max_new_tokens", args.max_new_tokens)
+            limit = max(1, min(200, context - len(ids))) if limit is None else limit
+            if type(limit) is not int or limit < 1:
+                raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {limit!r}")
+            if len(ids) + limit > context:
+                raise ValueError(f"{len(ids)} tokens and {limit} new ones exceed the model's context of {context}")
+            jobs.append(Job(index, prompt, ids, limit))
+        except (ValueError, RecursionError) as error:
+            print(f"{file}, line {number}, skipped: {' '.join(str(error).split())}", file=sys.stderr)
+    if not jobs:
+        raise ValueError(f"{file} holds no prompt that can run")
+    return jobs
+
+
+def answer_all(model, tokenizer, args):
+    """Continues the prompts of a file in waves of one batch size and one capacity, and prints the results in the file's order.
+
+    What was finished is printed also when the run ends early.
+    """
+    torch.manual_seed(args.seed)
+    jobs = read_prompts(args.prompts, model, tokenizer, args)
+    options = cache_options(args)
+    capacity, longest = max(len(j.ids) + j.limit for j in jobs), max(len(j.ids) for j in jobs)
+    batch = reserve(model, args.batch_size, len(jobs), longest, capacity, args, options)
+    results, total = {}, {"prefill_s": 0.0, "decode_s": 0.0, "waves": 0, "decoded": 0}
+    try:
+        # The longest first: what does not fit shows at once, and rows of a wave have much the same work.
+        queue = sorted(jobs, key=lambda j: -len(j.ids) - j.limit)
+        while queue:
+            queue = waves(model, queue, batch, capacity, args, options, results, total)
+            if queue:
+                batch = -(-batch // 2)
+                print(f"out of memory: going on with batches of {batch}", file=sys.stderr)
+    finally:
+        report(model, tokenizer, jobs, results, batch, capacity, total, args)
+
+
+def waves(model, queue, batch, capacity, args, options, results, total):
+    """Runs the jobs of `queue` batch by batch; returns those left when memory ran out."""
+    try:
+        model.setup_caches(batch, capacity, args.kv, **options)
+        token = torch.zeros(batch, 1, dtype=torch.int64, device=model.embed.weight.device)
+        decoder = Decoder(model, token, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        for first in range(0, len(queue), batch):
+            wave, stats = queue[first : first + batch], {}
+            dummies = batch - len(wave)
+            keep = lambda row, new: results.setdefault(wave[row].index, new)
+            generate(model, [j.ids for j in wave] + [[0]] * dummies, [j.limit for j in wave] + [0] * dummies, on_row=keep, stats=stats,
+                     decoder=decoder)
+            total["prefill_s"] += stats["prefill_s"]
+            total["decode_s"] += stats["decode_s"]
+            total["decoded"] += sum(len(results[j.index]) - 1 for j in wave)
+            total["waves"] += 1
+            print(f"{len(results)} prompts done, wave of {len(wave)}: prefill {stats['prefill_s']:.2f} s, {stats['steps']} steps in "
+                  f"{stats['decode_s']:.2f} s", file=sys.stderr)
+        return []
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if batch == 1:
+            raise ValueError(f"out of memory with a batch of 1 and {capacity} tokens a row: shorten the prompts or --max-new-tokens") from None
+        error.__traceback__ = None  # its frames hold the tensors of the step that failed
+    for layer in model.layers:
+        layer.cache = None
+    decoder = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [j for j in queue if j.index not in results]
+
+
+def report(model, tokenizer, jobs, results, batch, capacity, total, args):
+    """Prints the finished prompts in order, and the statistics of the run (JSON: as the last line)."""
+    done = [j for j in jobs if j.index in results]
+    for j in done:
+        stream, new = DecodeStream(ids=j.ids), results[j.index]
+        text = "".join(stream.step(tokenizer, t) or "" for t in new if t not in model.config.eos)
+        if args.json:
+            print(json.dumps({"index": j.index, "prompt": j.prompt, "text": text, "prompt_tokens": len(j.ids), "new_tokens": len(new)}))
+        else:
+            print(f"--- {j.index}\n{j.prompt}{text}")
+    c, decode_s = model.config, total["decode_s"]
+    result = {
+        "text": "", "prompts": len(jobs), "finished": len(done), "batch_size": batch, "waves": total["waves"],
+        "prompt_tokens": sum(len(j.ids) for j in done), "new_tokens": sum(len(results[j.index]) for j in done),
+        "prefill_s": total["prefill_s"], "decode_s": decode_s, "tokens_per_s": total["decoded"] / decode_s if total["decoded"] else None,
+        "kv": args.kv, "kv_bytes": 0 if model.cache is None else sum(layer.cache.nbytes for layer in model.layers),
+        "kv_bytes_full": c.n_layers * FullCache.bytes(batch, c.n_kv_heads, capacity, c.head_dim, model.embed.weight.dtype),
+        "peak_bytes": peak_bytes(model.embed.weight.device),
+    }
+    speed = f", decoding {result['tokens_per_s']:.1f} tokens/s" if total["decoded"] else ""
+    print(f"{len(done)} of {len(jobs)} prompts in {total['waves']} waves of {batch}: {result['prompt_tokens']} prompt tokens, "
+          f"{result['new_tokens']} new tokens{speed}; peak memory {result['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+    sys.stdout.flush()
+
+
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -238,6 +447,8 @@ def parser():
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='text to continue (default "Once upon a time")')
     source.add_argument("--prompt-file", help="file with the text to continue")
+    source.add_argument("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt and, optionally, max_new_tokens; "
+                        "unusable lines are named on stderr and skipped, the exit status is 0 if any prompt ran")
     source.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
     p.add_argument("--max-new-tokens", type=int, help="default 200, or what the context leaves")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
@@ -247,15 +458,18 @@ def parser():
     p.add_argument("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
     p.add_argument("--residual", type=int, help="R, recent tokens in full precision (default 128)")
     p.add_argument("--sink", type=int, help="S, first tokens in full precision (default 0)")
+    p.add_argument("--batch-size", type=batch_size, help="--prompts: rows that run together (default auto: as many as fit)")
+    p.add_argument("--memory-gb", type=float, help="GiB that weights, cache and activations may take (default: what is free)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default on cuda)")
-    p.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    p.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object; with --prompts one for every prompt before it")
     return p
 
 
 def run(args):
-    for name, low, high in (("temperature", 0, 100), ("top_k", 1, 10**9), ("top_p", 0, 1), ("max_new_tokens", 1, 10**9)):
+    for name, low, high in (("temperature", 0, 100), ("top_k", 1, 10**9), ("top_p", 0, 1), ("max_new_tokens", 1, 10**9),
+                            ("batch_size", 1, 10**6), ("memory_gb", 0, 10**6)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
@@ -269,6 +483,8 @@ def run(args):
     model, tokenizer = load(args.checkpoint, device, dtype)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
+    if args.prompts:
+        return answer_all(model, tokenizer, args)
     if not args.interactive:
         return answer(model, tokenizer, "Once upon a time" if prompt is None else prompt, args)
     while True:
@@ -280,13 +496,22 @@ def run(args):
             answer(model, tokenizer, prompt, args)
 
 
+def batch_size(text):
+    return None if text == "auto" else int(text)
+
+
+def cache_options(args):
+    return {k: getattr(args, k) for k in ("group_size", "residual", "sink") if getattr(args, k) is not None}
+
+
 def answer(model, tokenizer, prompt, args):
     """Streams the continuation of one prompt to stdout, then prints the statistics to stderr (and JSON to stdout)."""
     torch.manual_seed(args.seed)
     ids = tokenizer.encode(prompt).ids
     new = args.max_new_tokens or max(1, min(200, model.config.max_len - len(ids)))
-    options = {k: getattr(args, k) for k in ("group_size", "residual", "sink") if getattr(args, k) is not None}
-    model.setup_caches(1, len(ids) + new, args.kv, **({} if args.kv == "bf16" else options))
+    options = cache_options(args)
+    reserve(model, 1, 1, len(ids), len(ids) + new, args, options)
+    model.setup_caches(1, len(ids) + new, args.kv, **options)
     stream, text, stats = DecodeStream(ids=ids), [], {}
 
     def show(newest):

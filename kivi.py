@@ -41,6 +41,7 @@ LAUNCH = {  # of the CUDA kernels, see `launches`; y: rows of packed codes, x: r
     "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
     "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},  # weighing them
 }
+FILL = 2**24  # elements of K that `fill` quantizes at once: all of a long prompt would be several float32 copies of it
 NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
 
 
@@ -265,9 +266,23 @@ class Cache(nn.Module):
             raise ValueError(f"the cache is full: a row holds its capacity of {self.max_len} tokens")
         self.lengths[:] = [n + 1 for n in self.lengths]  # in place: the layers of a model share one list
 
+    def park(self, row):
+        """Starts a row that is finished again at token 0: it goes on, never beyond its capacity, and costs no length."""
+        self.pos[row] = 0
+        self.lengths[row] = 0
+
     def attend(self, q):
         """softmax(q . K / sqrt(D)) . V over the tokens present in each row: q [B, H, 1, D] -> [B, H, 1, D]."""
         return self.attention(q, self.pos - 1, self.blocks(self.length))
+
+
+def slices(n, width, unit):
+    """Cuts n tokens of `width` elements into ranges (first, end) of whole units with few elements: what bounds `fill`'s temporaries.
+
+    The last end is n rounded up to a unit.
+    """
+    step, end = max(1, FILL // width // unit) * unit, -(-n // unit) * unit
+    return [(a, min(a + step, end)) for a in range(0, end, step)]
 
 
 class FullCache(Cache):
@@ -291,11 +306,13 @@ class FullCache(Cache):
         T = cls.capacity(max_len)
         return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 8 + T // cls.BLOCK * 4
 
-    def fill(self, k, v, lengths):
-        L = min(k.shape[2], self.k.shape[2])
-        real = torch.arange(L, device=k.device)[:, None] < lengths[:, None, None, None]  # [B, 1, L, 1]
-        self.k[:, :, :L] = torch.where(real, k[:, :, :L], 0)
-        self.v[:, :, :L] = torch.where(real, v[:, :, :L], 0)
+    def fill(self, k, v, lengths, row=0):
+        """`prefill` without its checks, into the rows from `row` on: k, v [B, Hk, L, D] and lengths [B] on the device."""
+        B, Hk, L, D = k.shape
+        for a, b in slices(min(L, self.k.shape[2]), B * Hk * D, 1):
+            real = torch.arange(a, b, device=k.device)[:, None] < lengths[:, None, None, None]  # [B, 1, b - a, 1]
+            for buffer, x in ((self.k, k), (self.v, v)):
+                buffer[row : row + B, :, a:b] = torch.where(real, x[:, :, a:b], 0)
 
     def update(self, k, v, pos):
         row = torch.arange(self.batch, device=pos.device)
@@ -392,39 +409,36 @@ class KiviCache(Cache):
         codes, scale, zero = group_codes(v.unflatten(-1, (-1, G)), self.config.v_bits)
         return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
-    def fill(self, k, v, lengths):
-        """`prefill` without its checks: k, v [B, Hk, L, D] and lengths [B] on the device."""
+    def fill(self, k, v, lengths, row=0):
+        """`prefill` without its checks, into the rows from `row` on: k, v [B, Hk, L, D] and lengths [B] on the device."""
         c, (B, Hk, L, D) = self.config, k.shape
         G, R, dtype = c.group_size, c.residual, self.k_window.dtype
         L = min(L, c.capacity(self.max_len))
-        k, v = k[:, :, :L].to(dtype), v[:, :, :L].to(dtype)
-
         slots = self.slot_tokens(lengths - 1)  # [B, W]
         for window, x in ((self.k_window, k), (self.v_window, v)):
             held = x.gather(2, slots.clamp(0)[:, None, :, None].expand(B, Hk, -1, D))
-            window.copy_(torch.where((slots >= 0)[:, None, :, None], held, 0))
+            window[row : row + B] = torch.where((slots >= 0)[:, None, :, None], held, 0)
 
-        unit = 8 // min(BITS) * G  # whole bytes at any number of bits
-        t = torch.arange(-(-L // unit) * unit, device=k.device)
-        groups = lambda x, t: x[:, :, t.clamp(max=L - 1)].unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
-        k_codes, *k_meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3)
-        v_codes, *v_meta = self.quantize_v(groups(v, t))
-        t, lengths = t.view(-1, G, 1), lengths[:, None, None, None, None]  # [T / G, G, 1], [B, 1, 1, 1, 1]
-        complete, left = t < lengths // R * R, t < lengths - R  # [B, 1, T / G, G, 1] tokens that are quantized by now
-
-        def store(name, codes, meta, quantized, bits):
+        def store(name, codes, meta, quantized, bits, first):
             codes = torch.where(quantized, codes, 0)
             quantized = quantized[..., : meta[0].shape[3], :]  # K has one scale a group
             if name == "v":
                 codes, quantized, meta = codes.mT, quantized.mT, [x.mT for x in meta]
             packed = pack(codes.unflatten(2, (-1, 8 // bits)), bits, dim=3).squeeze(3)
-            getattr(self, f"{name}_packed")[:, :, : packed.shape[2]] = packed
+            getattr(self, f"{name}_packed")[row : row + B, :, first * bits // 8 :][:, :, : packed.shape[2]] = packed
             for part, x in zip(("scale", "zero"), meta):
-                target = getattr(self, f"{name}_{part}")[:, :, : x.shape[2]]
+                target = getattr(self, f"{name}_{part}")[row : row + B, :, first:][:, :, : x.shape[2]]
                 target.copy_(self.meta(torch.where(quantized, x, 0)).view_as(target))
 
-        store("k", k_codes, k_meta, complete, c.k_bits)
-        store("v", v_codes, v_meta, left, c.v_bits)
+        lengths = lengths[:, None, None, None, None]  # [B, 1, 1, 1, 1]
+        for a, b in slices(L, B * Hk * D, 8 // min(BITS) * G):  # whole bytes at any number of bits
+            t = torch.arange(a, b, device=k.device)
+            groups = lambda x, t: x[:, :, t.clamp(max=L - 1)].to(dtype).unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
+            at = t.view(-1, G, 1)  # [T / G, G, 1]
+            codes, *meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3)
+            store("k", codes, meta, at < lengths // R * R, c.k_bits, a // G)  # [B, 1, T / G, G, 1]: tokens that are quantized by now
+            codes, *meta = self.quantize_v(groups(v, t))
+            store("v", codes, meta, at < lengths - R, c.v_bits, a // G)
 
     def update(self, k, v, pos):
         """Writes token pos [B] (k, v [B, Hk, 1, D]) into the window and quantizes the value that leaves it."""

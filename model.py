@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
-from kivi import PRESETS, FullCache, KiviCache, compiled_attention
+from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, slices
 
 SUPPORTED = {  # architectures entry of config.json -> what its config.json leaves unsaid
     "LlamaForCausalLM": {},
@@ -127,6 +128,18 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
 
+def causal_attention(q, k, v):
+    """Exact attention of the last c of T tokens: q [B, H, c, D], k, v [B, Hk, T, D] -> [B, H, c, D]. No [T, T] mask."""
+    c, T = q.shape[2], k.shape[2]
+    if c == T:
+        how = {"is_causal": True}
+    elif q.is_cuda:
+        how = {"attn_mask": causal_lower_right(c, T)}  # a flag of the flash kernel, not a tensor
+    else:
+        how = {"attn_mask": torch.ones(c, T, dtype=torch.bool, device=q.device).tril(T - c)}  # bounded by the chunk of queries
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -166,15 +179,25 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.dim, c.norm_eps), MLP(c)
         self.cache = None
 
-    def forward(self, x, cos, sin, lengths=None):
-        """Exact causal attention over x [B, T, dim]; with lengths [B], K and V also go into the cache."""
-        q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
-        if lengths is not None:
-            self.cache.fill(k, v, lengths)
-            self.finite = torch.isfinite(k).all() & torch.isfinite(v).all()  # softmax may swallow a NaN; asked in `prefill`
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        x = x + self.attention.out(y)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, cos, sin):
+        """Exact causal attention over x [B, T, dim]. Reads no cache."""
+        return self.after(x, causal_attention(*self.attention.qkv(self.attention_norm(x), cos, sin)))
+
+    def prefill(self, x, cos, sin, lengths, row, chunk):
+        """`forward` in place, `chunk` tokens of every row at a time; K and V go into the rows of the cache from `row` on.
+
+        x [B, T, dim], lengths [B] -> x and whether K and V are finite (softmax may swallow a NaN)
+        """
+        (B, T, _), c, finite = x.shape, self.attention.c, []
+        k, v = (x.new_empty(B, c.n_kv_heads, T, c.head_dim) for _ in range(2))
+        for a in range(0, T, chunk):
+            part = x[:, a : a + chunk]
+            b = a + part.shape[1]
+            q, k[:, :, a:b], v[:, :, a:b] = self.attention.qkv(self.attention_norm(part), cos[:, :, a:b], sin[:, :, a:b])
+            finite += [torch.isfinite(y[:, :, a:b]).all() for y in (k, v)]
+            x[:, a:b] = self.after(part, causal_attention(q, k[:, :, :b], v[:, :, :b]))
+        self.cache.fill(k, v, lengths, row)
+        return x, torch.stack(finite).all()
 
     def decode(self, x, cos, sin, pos, blocks):
         """One token a row through the cache: x [B, 1, dim], pos [B] -> [B, 1, dim]. The unit of compilation."""
@@ -242,46 +265,124 @@ class Transformer(nn.Module):
         c = self.config
         if max_len > c.max_len:
             raise ValueError(f"{max_len} tokens exceed the model's context of {c.max_len}: shorten the prompt or --max-new-tokens")
-        if kv.startswith("kvtuner:"):
-            configs = [{"k_bits": k, "v_bits": v} for k, v in layer_bits(kv.removeprefix("kvtuner:"), c.n_layers)]
-        elif kv in PRESETS:
-            configs = [vars(PRESETS[kv])] * c.n_layers
-        elif kv != "bf16":
-            raise ValueError(f"unknown kv {kv!r}; known: bf16, {', '.join(PRESETS)}, kvtuner:FILE")
         where = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
-        for i, layer in enumerate(self.layers):
-            if kv == "bf16":
+        for layer, config in zip(self.layers, self.kv_configs(kv, **options)):
+            if config is None:
                 layer.cache = FullCache(batch, c.n_kv_heads, max_len, c.head_dim, **where)
             else:
-                layer.cache = KiviCache(batch, c.n_kv_heads, max_len, c.head_dim, **{**configs[i], **options}, **where)
+                layer.cache = KiviCache(batch, c.n_kv_heads, max_len, c.head_dim, **vars(config), **where)
         first = self.layers[0].cache
         for layer in self.layers[1:]:  # one schedule for all layers
             layer.cache.pos, layer.cache.index, layer.cache.lengths = first.pos, first.index, first.lengths
+
+    def kv_configs(self, kv, **options):
+        """The KVConfig of every layer, None for full precision. Arguments and errors as in `setup_caches`."""
+        n = self.config.n_layers
+        if kv.startswith("kvtuner:"):
+            configs = [{"k_bits": k, "v_bits": v} for k, v in layer_bits(kv.removeprefix("kvtuner:"), n)]
+        elif kv in PRESETS:
+            configs = [vars(PRESETS[kv])] * n
+        elif kv == "bf16":
+            return [None] * n
+        else:
+            raise ValueError(f"unknown kv {kv!r}; known: bf16, {', '.join(PRESETS)}, kvtuner:FILE")
+        configs = [KVConfig(**{**c, **options}) for c in configs]
+        for c in configs:
+            c.check(self.config.head_dim)
+        return configs
+
+    def memory(self, batch, prompt, max_len, kv="kivi2", **options):
+        """Bytes of a run by part, from shapes alone: weights, codes, metadata, window, activations.
+
+        prompt   tokens of the longest prompt; max_len capacity of the caches; kv, options as in `setup_caches`
+        returns  dict; full precision counts as codes. The caches' parts equal the allocation; activations are an upper bound
+                 of what prefill or a decode step allocates beside weights and caches, whichever is more
+        """
+        c, dtype = self.config, self.embed.weight.dtype
+        weights = [*self.parameters(), *(b for name, b in self.named_buffers() if ".cache." not in name)]
+        parts = {"weights": sum(w.nbytes for w in weights), "codes": 0, "metadata": 0, "window": 0}
+        configs = self.kv_configs(kv, **options)
+        for config in configs:
+            if config is None:
+                parts["codes"] += FullCache.bytes(batch, c.n_kv_heads, max_len, c.head_dim, dtype)
+                continue
+            layer = config.parts(batch, c.n_kv_heads, max_len, c.head_dim, dtype)
+            layer["window"] += layer.pop("positions")
+            for name, n in layer.items():
+                parts[name] += n
+        rest = batch * c.vocab_size * (2 * dtype.itemsize + 12)  # logits, and sampling in float32
+        rest += 2**27 if self.embed.weight.is_cuda else 0  # workspaces of the libraries
+        step = self._decode_bytes(batch, max_len, configs[0])
+        return parts | {"activations": int(max(self._prefill_bytes(batch, prompt, configs[0]), step) + rest)}
+
+    def _prefill_bytes(self, batch, prompt, config):
+        """Upper bound of what `prefill` allocates, without logits: the temporaries that live at the same time, in `Block.prefill`."""
+        c, e = self.config, self.embed.weight.dtype.itemsize
+        Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        rows, chunk = self.groups(prompt)
+        rows, part = min(rows, batch), min(chunk, prompt)
+        rotation = (c.dim + Q + 2 * K) * e + max(12 * Q, Q * e + 12 * K)  # bytes a token: norm, q, k, v; halves in float32
+        attention = 4 * Q * e + 2 * c.dim * e
+        mlp = 2 * Q * e + max((4 * c.hidden_dim + 2 * c.dim) * e, (8 + 3 * e) * c.dim)  # gate and up, silu, product; or the norm
+        mask = 0 if self.embed.weight.is_cuda or part == prompt else part * prompt * (1 + e)
+        first, end = slices(prompt, rows * K, 1 if config is None else 4 * config.group_size)[0]
+        fill = rows * (end - first) * K * (e + 16)
+        kept = prompt * (rows * (c.dim + 2 * K) * e + 8 * c.head_dim)  # x, the layer's K and V, cos and sin
+        return kept + max(rows * part * max(rotation, mlp), rows * part * attention + mask, fill)
+
+    def _decode_bytes(self, batch, max_len, config):
+        """The same for one decode step at full length."""
+        c = self.config
+        rest = batch * (4 * c.hidden_dim + 8 * c.dim) * 4
+        if config is None:
+            return rest + batch * max_len * 8  # the mask
+        scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
+        partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
+        eager = self.decode_block is Block.decode  # then attention writes one layer's K or V out in float32
+        return rest + scores + partial + eager * batch * c.n_kv_heads * max_len * c.head_dim * 5.5
 
     @property
     def cache(self):
         """The first layer's cache, which holds the schedule of all."""
         return self.layers[0].cache
 
+    def groups(self, L, chunk=None):
+        """(rows, tokens of each row) that `prefill` computes at once for prompts of L tokens."""
+        if chunk is None and self.embed.weight.device.type == "cpu":
+            return 1, 1024
+        chunk = chunk or 4096
+        return max(1, chunk // max(L, 128)), chunk  # quantizing rounds short rows up to that
+
     @torch.no_grad()
-    def prefill(self, tokens, lengths=None):
+    def prefill(self, tokens, lengths=None, chunk=None):
         """Whole prompts at once: tokens [B, L] right-padded, lengths [B] ints -> logits [B, V] of each row's last token.
 
-        raises ValueError: NaN or inf in K, V or the logits (one sync for all layers)
+        chunk   tokens computed at once, which bounds the memory: short rows together, a long row in parts. By default 4096;
+                on a CPU 1024 and every row by itself, so that its bytes do not depend on the rows beside it
+        raises  ValueError: NaN or inf in K, V or the logits (one sync for all layers)
         """
         B, L = tokens.shape
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
+        rows, chunk = self.groups(L, chunk)
         self.cache.pos.copy_(torch.tensor(lengths))
-        x = self.embed(tokens)
-        cos, sin = self.rope(torch.arange(L, device=tokens.device)[None])
-        for layer in self.layers:
-            x = layer(x, cos, sin, self.cache.pos)
+        parts = [self.prefill_rows(tokens[r : r + rows, : max(lengths[r : r + rows])], r, chunk) for r in range(0, B, rows)]
         self.cache.lengths[:] = lengths
-        # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
-        logits = self.head(self.norm(x[torch.arange(B, device=x.device), self.cache.pos - 1]))
-        if not torch.stack([torch.isfinite(logits).all(), *(layer.finite for layer in self.layers)]).all():
-            raise ValueError(f"the model computes NaN or inf: its weights are damaged or {x.dtype} is too narrow for it")
+        logits = torch.cat([x for x, _ in parts])
+        if not torch.stack([torch.isfinite(logits).all(), *(ok for _, ok in parts)]).all():
+            raise ValueError(f"the model computes NaN or inf: its weights are damaged or {logits.dtype} is too narrow for it")
         return logits
+
+    @torch.no_grad()
+    def prefill_rows(self, tokens, row, chunk):
+        """`prefill` of some rows: tokens [b, L] of the rows from `row` on, whose lengths `cache.pos` holds -> logits [b, V], finite."""
+        pos = self.cache.pos[row : row + len(tokens)]
+        x, finite = self.embed(tokens), []
+        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
+        for layer in self.layers:
+            x, ok = layer.prefill(x, cos, sin, pos, row, chunk)
+            finite.append(ok)
+        # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
+        return self.head(self.norm(x[torch.arange(len(x), device=x.device), pos - 1])), torch.stack(finite).all()
 
     @torch.no_grad()
     def decode(self, tokens, blocks):

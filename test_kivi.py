@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+import bench
 import generate
 import kivi
 import quantize as qz
@@ -1856,6 +1858,361 @@ def test_the_program_compiles_on_request(checkpoint):
     assert json.loads(a.stdout.splitlines()[-1])["text"] == json.loads(b.stdout.splitlines()[-1])["text"]
 
 
+# ---- many requests at once ------------------------------------------------------------------------------------------------------------
+
+def forced(model, rows, lengths, options, chunk=None):
+    """Teacher-forced run of ragged rows: prefill of lengths[b] tokens, then the others one by one, as many for every row.
+
+    Returns (logits [steps + 1, B, V], the caches' tensors [per layer, by name])."""
+    model.setup_caches(len(rows), 160, **options)
+    padded = torch.tensor([r[:n] + [5] * (max(lengths) - n) for r, n in zip(rows, lengths)])
+    logits = [model.prefill(padded, lengths, chunk=chunk)]
+    for step in range(len(rows[0]) - lengths[0]):
+        model.cache.advance()
+        logits.append(model.decode(torch.tensor([[r[n + step]] for r, n in zip(rows, lengths)]), model.cache.blocks(model.cache.length)))
+        if model.cache.due():
+            model.flush()
+    return torch.stack(logits), [state(layer.cache) for layer in model.layers]
+
+
+def of_rows(name):
+    """Does every row have its part of the buffer of this name?"""
+    return name != "index" and not name.endswith("_tail")
+
+
+def check_row(together, alone, b):
+    """Row b of a batch and row 0 of a run alone: logits and every buffer, bit for bit."""
+    assert torch.equal(together[0][:, b], alone[0][:, 0]), "logits"
+    for mine, other in zip(together[1], alone[1]):
+        for name in mine:
+            if of_rows(name):
+                assert torch.equal(mine[name][b], other[name][0]), name
+
+
+@examples(6)
+@given(st.lists(st.integers(1, 70), min_size=2, max_size=5), st.sampled_from(("bf16", "kivi2", "k4v2", "sinks")), st.integers(0, 99))
+def test_every_row_equals_the_same_prompt_alone_bit_for_bit(checkpoint, lengths, kind, seed):
+    """Packed buffers, window and logits, float32, rows whose flushes fall on different steps. The library's matrix products are
+    replaced by one product a row, because on a CPU the last bits of a row depend on the number of rows there (one row takes another
+    algorithm); everything else must not care. Guards against any step that mixes rows or follows another row's length."""
+    model = Transformer.from_pretrained(checkpoint)
+    options = {"bf16": dict(kv="bf16"), "sinks": dict(SMALL, sink=3)}.get(kind, dict(SMALL, kv=kind))
+    rows = [some_ids(n + 40, seed + n) for n in lengths]
+    linear = torch.nn.functional.linear
+
+    def one_row_at_a_time(x, w, bias=None):
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.cat([linear(r[None], w, bias) for r in flat]).view(*x.shape[:-1], -1)
+
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(torch.nn.functional, "linear", one_row_at_a_time)
+        together = forced(model, rows, lengths, options)
+        for b, n in enumerate(lengths):
+            check_row(together, forced(model, [rows[b]], [n], options), b)
+
+
+@pytest.mark.parametrize("options", (dict(kv="bf16"), SMALL), ids=("bf16", "kivi2"))
+def test_rows_beside_dummies_and_alone_with_the_library(model, options):
+    """The same without any replacement. Beside other rows of the same number, every bit is the same, whatever they hold; alone, prefill
+    is the same bit for bit, and decoding up to the last bits of the products. Guards against padding or neighbours that leak in."""
+    lengths = [33, 1, 64, 50]
+    rows = [some_ids(n + 40, n) for n in lengths]
+    together = forced(model, rows, lengths, options)
+    for b, n in enumerate(lengths):
+        beside = [rows[b] if i == b else some_ids(7 + 40, 9) for i in range(4)]
+        dummies = forced(model, beside, [n if i == b else 7 for i in range(4)], options)
+        assert torch.equal(together[0][:, b], dummies[0][:, b])
+        for mine, other in zip(together[1], dummies[1]):
+            assert all(torch.equal(mine[name][b], other[name][b]) for name in mine if of_rows(name))
+        alone = forced(model, [rows[b]], [n], options)
+        assert torch.equal(together[0][0, b], alone[0][0, 0])
+        assert rel(together[0][:, b], alone[0][:, 0]) < 1e-4
+        check_row(forced(model, [r[:m] for r, m in zip(rows, lengths)], lengths, options), forced(model, [rows[b][:n]], [n], options), b)
+
+
+def test_a_flush_writes_only_the_blocks_of_rows_that_are_due(model, monkeypatch):
+    """Guards against a flush that touches other rows or blocks, and against one on steps where no row is due."""
+    cache = make_cache("small window", batch=3)
+    _, k, v = make_tokens("small window", 3, 64)
+    lengths = torch.tensor([63, 20, 31])
+    fill(cache, k, v, lengths.tolist())
+    called = []
+    flush = cache.flush
+    monkeypatch.setattr(cache, "flush", lambda pos: called.append(state(cache)) or flush(pos))
+    append(cache, k, v, lengths)
+    before, after = called[0], state(cache)
+    changed = {(name, *at) for name in after if of_rows(name) and name != "pos" for at in (before[name] != after[name]).nonzero()[:, [0, 2]].tolist()}
+    assert changed and all(name.startswith("k_") and row in (0, 2) for name, row, _ in changed)
+    assert {(row, group) for name, row, group in changed if name == "k_zero"} == {(0, 1), (2, 0)}
+    append(cache, k, v, torch.tensor([63, 21, 32]))
+    assert len(called) == 1
+    steps = []
+    monkeypatch.setattr(model, "flush", lambda: steps.append(list(model.cache.lengths)))
+    generate.generate(model, [some_ids(n) for n in (3, 10, 20)], 60, stop=(), **SMALL)
+    assert [n for n, *_ in steps] == [m for m in range(4, 63) if any((m + d) % 32 == 0 for d in (0, 7, 17))]
+
+
+@pytest.mark.parametrize("options", (dict(kv="bf16"), dict(SMALL, sink=3)), ids=("bf16", "kivi2"))
+def test_prefill_in_any_chunks_is_the_same(model, options):
+    """Long rows in parts, short rows together, a last part of one token. Guards against keys missing from a part, a mask that is
+    aligned at its other corner, K and V in the wrong rows of the cache, padding of a group."""
+    rows, lengths = [some_ids(200, n) for n in range(5)], [200, 3, 77, 1, 150]
+    want = model(torch.tensor(rows))[torch.arange(5), torch.tensor(lengths) - 1]
+
+    def run(chunk):
+        model.setup_caches(5, 220, **options)
+        return model.prefill(torch.tensor(rows), lengths, chunk=chunk), [layer.cache.dequantized() for layer in model.layers]
+
+    _, plain = run(None)
+    for chunk in (None, 1000, 10**6, 400, 199, 64, 7):
+        logits, caches = run(chunk)
+        assert rel(logits, want) < 1e-5, chunk
+        for got, expected in zip(caches, plain):
+            assert all(rel(a, b) < 0.01 for a, b in zip(got, expected)), chunk  # a code at its border may fall to the other side
+
+
+@case
+def test_filling_in_slices_changes_no_bit(name, monkeypatch):
+    """Guards against a slice that cuts a group or a byte, or stores at another place."""
+    lengths = [300, 1, 129]
+    _, k, v = make_tokens(name, 3, 300)
+    whole, sliced, single = (make_cache(name, batch=3) for _ in range(3))
+    whole.prefill(k, v, lengths)
+    monkeypatch.setattr(kivi, "FILL", 1)
+    sliced.prefill(k, v, lengths)
+    assert_same(state(sliced), state(whole))
+    for b, n in enumerate(lengths):
+        single.fill(k[b:b + 1, :, :n], v[b:b + 1, :, :n], torch.tensor([n]), row=b)
+    single.pos.copy_(torch.tensor(lengths))
+    assert_same(state(single), state(whole))
+
+
+def test_rows_with_limits_of_their_own_never_pass_the_capacity(model):
+    """A long prompt with a short answer beside a short one with a long answer, in a cache that holds either but not their sum, and
+    rows that only fill the batch. Guards against a finished row that goes on, and against one that ends the others."""
+    prompts, limits = [some_ids(n, n) for n in (120, 5, 40)], [3, 110, 1]
+    seen = {}
+    out = generate.generate(model, [*prompts, [0]], [*limits, 0], stop=(), on_row=seen.setdefault, **SMALL)
+    assert model.cache.max_len == 123 and out[3] == [0]
+    for b in range(3):
+        assert out[b] == generate.generate(model, [prompts[b]], limits[b], stop=(), **SMALL)[0]
+        assert seen[b] == out[b][len(prompts[b]):]
+    assert set(seen) == {0, 1, 2}
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate.generate(model, prompts, [1, 2], **SMALL)
+
+
+def peak_allocation(call):
+    """Peak of the bytes that tensors take at once beyond those at the start."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        call()
+    live = peak = 0
+    for event in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("shape, dtype", (
+    ({}, torch.float32), (dict(n_kv_heads=8, hidden_dim=2048), torch.bfloat16), (dict(head_dim=128, hidden_dim=64), torch.float32)), ids=("GQA", "MHA", "wide heads"))
+def test_the_memory_formula_holds(shape, dtype):
+    """Weights, caches and activations by the formula against what is allocated: the caches to the byte, activations at most 5 % above
+    the formula and at least 60 % of it. A prompt in several parts, and several rows. Guards against a [T, T] mask, logits of all
+    positions, a second copy of K and V, and a formula that tells tales."""
+    config = ModelConfig(**{**dict(vocab_size=8192, dim=256, n_layers=2, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=704, max_len=8192), **shape})
+    model = bench.random_model(config, torch.device("cpu")).to(dtype)
+    weights = sum(p.nbytes for p in model.parameters())
+    for batch, prompt, kv in ((1, 3000, "kivi2"), (3, 500, "kivi4"), (2, 2500, "bf16")):
+        parts = model.memory(batch, prompt, prompt + 40, kv)
+        tokens = torch.zeros(batch, prompt, dtype=torch.int64)
+        model.setup_caches(batch, prompt + 40, kv)
+        caches = sum(layer.cache.nbytes for layer in model.layers)
+        assert (parts["weights"] - weights, parts["codes"] + parts["metadata"] + parts["window"]) == (model.freq.nbytes, caches)
+        token = torch.zeros(batch, 1, dtype=torch.int64)
+        prefill = peak_allocation(lambda: model.prefill(tokens))
+        step = peak_allocation(lambda: (model.cache.advance(), model.decode(token, model.cache.blocks(model.cache.length))))
+        assert 0.6 * parts["activations"] <= max(prefill, step) <= 1.05 * parts["activations"], (batch, prompt, kv, prefill, step, parts)
+
+
+PROMPTS = ["Once", "upon a time there", "x", "The quick brown fox jumps over the lazy dog and runs", "abc", "hello there", "z" * 40]
+
+
+def batch_run(*args, stdin=None):
+    """Runs generate.py --json: (process, the prompts' objects, the statistics)."""
+    done = command("--json", "--temperature", 0, "--residual", 32, *args, stdin=stdin)
+    objects = [json.loads(line) for line in done.stdout.splitlines()]
+    return done, objects[:-1], objects[-1] if objects else None
+
+
+@pytest.mark.parametrize("size", (3, "auto"))
+def test_a_file_of_prompts_gives_what_each_gives_alone(size, checkpoint, tmp_path, capsys):
+    """Waves with a rest, results in the file's order, limits of their own. Guards against an order by length, dummies in the output or
+    the statistics, and a wave that sees the one before."""
+    file = tmp_path / "prompts.jsonl"
+    limits = [40, 3, 60, 7, None, 1, 33]
+    file.write_text("\n".join(json.dumps({"prompt": p, **({} if n is None else {"max_new_tokens": n})}) for p, n in zip(PROMPTS, limits)))
+    done, objects, last = batch_run("--checkpoint", checkpoint, "--prompts", file, "--batch-size", size, "--max-new-tokens", 20)
+    assert done.returncode == 0, done.stderr
+    assert [(o["index"], o["prompt"]) for o in objects] == list(enumerate(PROMPTS))
+    assert FIELDS <= last.keys() and last["finished"] == 7 and last["waves"] == (3 if size == 3 else 1) and last["batch_size"] == (3 if size == 3 else 7)
+    assert last["new_tokens"] == sum(o["new_tokens"] for o in objects) and last["prompt_tokens"] == sum(len(p) + 1 for p in PROMPTS)
+    for o, limit in zip(objects, limits):
+        generate.main(["--checkpoint", str(checkpoint), "--json", "--temperature", "0", "--residual", "32", "--prompt", o["prompt"],
+                       "--max-new-tokens", str(limit or 20)])
+        alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {k: o[k] for k in ("text", "prompt_tokens", "new_tokens")} == {k: alone[k] for k in ("text", "prompt_tokens", "new_tokens")}
+    assert re.search(r"(?m)^  weights .*\n  packed codes .*\n  metadata .*\n  window .*\n  activations .*\n  total .*\n", done.stderr)
+
+
+def test_unusable_lines_are_named_and_the_rest_runs(checkpoint, tmp_path, capsys):
+    """Guards against a traceback, a silent skip, and one bad line that ends the run; plain text is plain text."""
+    bad = [b'{"prompt": ', b'{"text": "x"}', b'{"prompt": ""}', b"[1]", b'{"prompt": "x", "max_new_tokens": 0}', b'{"prompt": "x", "max_new_tokens": true}',
+           b'{"prompt": "x", "max_new_tokens": 9999}', b'{"prompt": "\\ud800"}', b'{"prompt": "\xff"}', b"[" * 100000, b'{"prompt": 5}']
+    file = tmp_path / "prompts"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "good", "max_new_tokens": 4}\n\n' + b"\n".join(bad) + b'\r\n{"prompt": "also", "max_new_tokens": 4}\r\n')
+    generate.main(["--checkpoint", str(checkpoint), "--prompts", str(file), "--json", "--temperature", "0"])
+    out, err = capsys.readouterr()
+    objects = [json.loads(line) for line in out.splitlines()]
+    assert [o.get("prompt") for o in objects] == ["good", "also", None] and objects[1]["index"] == len(bad) + 1
+    assert re.findall(r", line (\d+), skipped: ", err) == [str(3 + i) for i in range(len(bad))]
+    file.write_text("one [1]\n\n  two {\n")
+    generate.main(["--checkpoint", str(checkpoint), "--prompts", str(file), "--max-new-tokens", "3", "--temperature", "0"])
+    out = capsys.readouterr().out
+    assert out.startswith("--- 0\none [1]") and "\n--- 1\ntwo {" in out
+    file.write_text('{"prompt": 1}\n')
+    with pytest.raises(SystemExit) as info:
+        generate.main(["--checkpoint", str(checkpoint), "--prompts", str(file)])
+    assert info.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_what_does_not_fit_is_refused_with_what_does(checkpoint, tmp_path, capsys):
+    """The named batch and capacity really pass, one more does not. Guards against a refusal after the allocation, and a wrong limit."""
+    file = tmp_path / "prompts"
+    file.write_text("abc\n" * 40)
+
+    def run(*args):
+        try:
+            generate.main(["--checkpoint", str(checkpoint), "--temperature", "0", *map(str, args)])
+            return 0, capsys.readouterr().err
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err.splitlines()[-1]
+
+    many = ["--prompts", file, "--max-new-tokens", 3, "--memory-gb", 0.003, "--batch-size"]
+    code, line = run(*many, 40)
+    assert code == 2 and line.startswith("error: ") and "40" in line
+    fits = int(re.search(r"a batch of (\d+) fits", line)[1])
+    assert 1 < fits < 40 and run(*many, fits)[0] == 0 and run(*many, fits + 1)[0] == 2
+    code, err = run(*many, "auto")
+    assert code == 0 and fits - 2 <= int(re.search(r"(?m)^batch (\d+), 7 tokens", err)[1]) <= fits
+    one = ["--prompt", "abc", "--memory-gb", 0.00068, "--residual", 32, "--max-new-tokens"]
+    code, line = run(*one, 400)
+    assert code == 2 and "error: " in line
+    tokens = int(re.search(r": (\d+) tokens fit, prompt included", line)[1])
+    assert 5 < tokens < 404 and run(*one, tokens - 4)[0] == 0 and run(*one, tokens - 3)[0] == 2
+    code, line = run("--prompt", "abc", "--memory-gb", 0.0001)
+    assert code == 2 and "not even" in line
+
+
+def test_memory_that_runs_out_halves_the_batch_or_ends_with_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    """Guards against a traceback, lost or doubled results, and an endless retry."""
+    file = tmp_path / "prompts"
+    file.write_text("\n".join(PROMPTS))
+    run = ["--checkpoint", str(checkpoint), "--prompts", str(file), "--json", "--temperature", "0", "--max-new-tokens", "6"]
+    generate.main(run)
+    want = capsys.readouterr().out.splitlines()[:-1]
+    step, fails = generate.Decoder.__call__, {"above": 2}
+
+    def decoder(self):
+        if self.token.shape[0] > fails["above"] and max(self.model.cache.lengths) > 15:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        step(self)
+
+    monkeypatch.setattr(generate.Decoder, "__call__", decoder)
+    generate.main(run)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:-1] == want and json.loads(out.splitlines()[-1])["batch_size"] == 2
+    assert re.findall(r"batches of (\d+)", err) == ["4", "2"]
+    fails["above"] = 0
+    with pytest.raises(SystemExit) as info:
+        generate.main(run)
+    out, err = capsys.readouterr()
+    assert info.value.code == 2 and err.splitlines()[-1].startswith("error: out of memory") and "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["finished"] == len(out.splitlines()) - 1 < len(PROMPTS)
+
+
+def test_ctrl_c_writes_what_is_finished(checkpoint, tmp_path):
+    """A real process and a real signal. Guards against results that exist only in memory, and a traceback."""
+    file = tmp_path / "prompts"
+    file.write_text("\n".join(f"prompt {i}" for i in range(400)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(HERE / "generate.py"), "--checkpoint", str(checkpoint), "--prompts", str(file), "--batch-size", "4",
+                                "--max-new-tokens", "30", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    for line in process.stderr:
+        if "8 prompts done" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    objects = [json.loads(line) for line in out.splitlines()]
+    assert process.returncode == 130 and "Traceback" not in err
+    assert 8 <= len(objects) - 1 == objects[-1]["finished"] < 400
+    assert [o["index"] for o in objects[:-1]] == sorted(o["index"] for o in objects[:-1])
+
+
+def soak(folder, n_prompts, batch, new, file):
+    """Resident bytes of this process after every wave of a run over n_prompts short prompts."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (n_prompts,), generator=generator).tolist()
+    file.write_text("\n".join("".join(chr(97 + (i * 7 + j) % 26) for j in range(n)) for i, n in enumerate(lengths)))
+    real, memory = generate.generate, []
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(generate, "generate", lambda *a, **k: (real(*a, **k), memory.append(resident("VmRSS"))))
+        generate.main(["--checkpoint", str(folder), "--prompts", str(file), "--batch-size", str(batch), "--max-new-tokens", str(new), "--json"])
+    return memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_stays_flat_over_waves(checkpoint, tmp_path, capsys):
+    """400 prompts in 25 waves. Guards against caches, graphs or results on the device that pile up wave by wave."""
+    memory = soak(checkpoint, 400, 16, 8, tmp_path / "prompts")
+    assert len(memory) == 25 and len(capsys.readouterr().out.splitlines()) == 401
+    assert max(memory[5:]) - memory[5] < 4 * 2**20, [m / 2**20 for m in memory]
+
+
+@slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_stays_flat_over_many_waves(tmp_path, capsys):
+    """2,000 prompts through the embedded checkpoint; with KIVI_SOAK=FILE 10,000, and the memory after every wave goes there."""
+    memory = soak(HERE / "tiny", 10000 if os.environ.get("KIVI_SOAK") else 2000, 16, 8, tmp_path / "prompts")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if os.environ.get("KIVI_SOAK"):
+        result = {"what": "soak", **bench.machine(torch.device("cpu")), **last, "resident_MiB_after_wave": [round(m / 2**20, 2) for m in memory]}
+        Path(os.environ["KIVI_SOAK"]).write_text(json.dumps(result, indent=1) + "\n")
+    assert max(memory[10:]) - memory[10] < 8 * 2**20, [m / 2**20 for m in memory]
+
+
+@pytest.mark.parametrize("what", ("memory", "throughput"))
+def test_the_batch_benchmarks_run_as_a_user_calls_them(what, tmp_path):
+    """Guards against a benchmark that rots: its tables, its JSON line and its file, on a tiny shape."""
+    file = tmp_path / "result.json"
+    run = subprocess.run([sys.executable, "bench.py", what, "--models", "tiny", "--loads", "161/20", "--budget-gb", "0.004", "--lengths", "512", "--device", "cpu",
+                          "--json", str(file), *(["--curve", "--verify"] if what == "throughput" else [])], cwd=HERE, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result == json.loads(file.read_text())
+    if what == "memory":
+        assert [r["cache"] for r in result["runs"]] == list(bench.REQUESTS) and all("failed" not in r for r in result["runs"])
+        assert all(r["formula"] == r["buffers"] for r in result["bytes_per_token"])
+        assert {r["cache"] for r in result["bytes_per_token"]} >= {"bf16", "kivi4 G32 R32", "k4v2 G32 R128", "kivi2 G32 R128"}
+        return
+    for cache in bench.REQUESTS:
+        rows = [r for r in result["rows"] if r["cache"] == cache]
+        assert rows[-1]["largest"] and [r["batch"] for r in rows] == sorted(r["batch"] for r in rows)
+        assert all(r["formula_bytes"] <= 4e6 and r["tokens_per_s"] > 0 and len(r["step_ms"]) == 4 for r in rows)
+    assert result["rows"][-1]["verified"]["steps"] == 19 and [r["cache"] for r in result["ratios"]] == list(bench.REQUESTS)[1:]
+
+
 # ---- CUDA -------------------------------------------------------------------------------------------------------------------------
 
 @cuda
@@ -1887,3 +2244,40 @@ def test_compiled_decoding_on_cuda_equals_eager(checkpoint, options, fresh_compi
     eager = generate.generate(net, prompt, 256, stop=(), **options)
     net.compile()
     assert torch.equal(generate.generate(net, prompt, 256, stop=(), **options), eager)
+
+
+@cuda
+def test_prefill_in_parts_on_cuda_is_exact_and_as_large_as_the_formula():
+    """bfloat16, 20,000 tokens in parts of 4,096 and short rows together. Guards against a flash kernel that aligns its mask at the other
+    corner, and against memory that grows with the square of the prompt."""
+    config = ModelConfig(vocab_size=512, dim=1024, n_layers=2, n_heads=8, n_kv_heads=2, head_dim=128, hidden_dim=2816, max_len=32768)
+    net = bench.random_model(config, torch.device("cuda"))
+    for batch, prompt in ((1, 20000), (70, 200)):
+        tokens = torch.randint(512, (batch, prompt), device="cuda")
+        net.setup_caches(batch, prompt + 40, "kivi2")
+        parts = net.memory(batch, prompt, prompt + 40, "kivi2")
+        net.prefill(tokens)
+        for layer in net.layers:
+            layer.cache.reset()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logits = net.prefill(tokens)
+        assert torch.cuda.max_memory_allocated() - before <= 1.05 * parts["activations"]
+        with torch.no_grad():
+            assert rel(logits, net(tokens)[:, -1]) <= 2e-2
+
+
+@cuda
+def test_waves_on_cuda_share_their_graphs(checkpoint, fresh_compiler):
+    """Guards against a graph that replays the tokens or lengths of the wave that captured it, and against capturing anew in every wave."""
+    net = Transformer.from_pretrained(checkpoint, "cuda")
+    waves = [[some_ids(n, n) for n in lengths] for lengths in ((50, 3, 20), (7, 33, 1), (12, 12, 40))]
+    eager = [generate.generate(net, wave, [60, 9, 30], stop=(), **SMALL) for wave in waves]
+    net.compile()
+    net.setup_caches(3, 160, **SMALL)
+    decoder = generate.Decoder(net, torch.zeros(3, 1, dtype=torch.int64, device="cuda"), temperature=0.0)
+    seen = []
+    for wave, want in zip(waves, eager):
+        assert generate.generate(net, wave, [60, 9, 30], stop=(), decoder=decoder) == want
+        seen.append(dict(decoder.graphs))
+    assert seen[0] and all(seen[-1][key] is graph for key, graph in seen[0].items()) and len(seen[-1]) <= len(seen[0]) + 1
