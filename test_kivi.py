@@ -24,7 +24,7 @@ import generate
 import kivi
 import quantize as qz
 from kivi import FullCache, KiviCache
-from model import ModelConfig, Transformer
+from model import Transformer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -1530,15 +1530,6 @@ def test_rows_of_a_batch_equal_the_same_prompts_alone(embedded):
     together = generate.generate(model, prompts, 40, 0.0, kv="kivi2", residual=32, stop=())
     for prompt, row in zip(prompts, together):
         assert generate.generate(model, [prompt], 40, 0.0, kv="kivi2", residual=32, stop=())[0] == row
-
-
-def test_a_sliding_window_caps_the_context(tmp_path):
-    """Guards against full attention beyond the window, which would be another model."""
-    raw = json.loads((HERE / "tiny" / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
-    for extra, want in (({}, 4096), ({"sliding_window": None}, 4096), ({"sliding_window": 1024}, 1024),
-                        ({"sliding_window": 1024, "use_sliding_window": False}, 4096)):
-        (tmp_path / "config.json").write_text(json.dumps(raw | extra))
-        assert ModelConfig.from_folder(tmp_path).max_len == want
 
 
 def test_the_quality_benchmark_runs_as_a_user_calls_it(tmp_path):
