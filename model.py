@@ -68,8 +68,9 @@ class ModelConfig:
         raises ValueError: no such file, not JSON, an unknown architecture or a missing entry; one line that says which
         """
         raw = read_json(Path(folder) / "config.json")
-        arch = (raw.get("architectures") or ["none named"])[0]
-        if arch not in SUPPORTED:
+        arch = raw.get("architectures")
+        arch = arch[0] if arch and isinstance(arch, list) else "none named"
+        if arch not in list(SUPPORTED):
             raise ValueError(f"architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
         defaults, own = SUPPORTED[arch]
         raw = {**defaults, **raw}
@@ -81,34 +82,41 @@ class ModelConfig:
             max_len, rope = raw.get("max_position_embeddings", 2048), _rope(raw)
             if rope["rope_type"] in ("dynamic", "yarn"):  # the two that are meant to carry a model beyond what its config says
                 max_len = max(max_len, int(rope["factor"] * rope["original_max_position_embeddings"]))
-            window = raw.get("sliding_window") if arch != "LlamaForCausalLM" and raw.get("use_sliding_window", True) else None
-            full = ["full_attention"] * min(raw.get("max_window_layers", 0), n_layers)
-            kinds = raw.get("layer_types") or full + ["sliding_attention"] * (n_layers - len(full))
+            window = raw.get("sliding_window") or None if arch != "LlamaForCausalLM" and raw.get("use_sliding_window", True) else None
+            full = raw.get("max_window_layers", 0)
+            kinds = raw.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(min(n_layers, 1000))]
             config = cls(
                 vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=n_layers, n_heads=heads,
                 n_kv_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                hidden_dim=raw["intermediate_size"], max_len=max_len, norm_eps=raw.get("rms_norm_eps", 1e-6),
+                hidden_dim=raw["intermediate_size"], max_len=max_len, norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=rope["rope_theta"], rope_scaling=rope, tied=raw.get("tie_word_embeddings", False),
                 act=raw.get("hidden_act", "silu"), windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
                 **{"qkv_bias": bias, "o_bias": bias, "mlp_bias": raw.get("mlp_bias", False), **own},
             )
+            config.check()
             rope_frequencies(config)  # a missing entry should be known before the weights are read
         except KeyError as error:
             raise ValueError(f"{folder}/config.json has no entry {error}") from None
         except (TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{folder}/config.json holds an entry of the wrong kind: {error}") from None
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_len"):
-            if type(getattr(config, name)) is not int or getattr(config, name) < 1:
-                raise ValueError(f"{folder}/config.json: {name} must be a positive integer, got {getattr(config, name)!r}")
-        if config.n_heads % config.n_kv_heads:
-            raise ValueError(f"{folder}/config.json: {config.n_heads} heads cannot share {config.n_kv_heads} KV heads evenly")
-        if config.act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {config.act} is not supported; supported: {', '.join(ACTIVATIONS)}")
         generation = Path(folder) / "generation_config.json"
         eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
-        config.eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        config.eos = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         return config
+
+    def check(self):
+        """Raises ValueError for numbers that describe no model, so that a damaged config.json cannot fail further on."""
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_len"):
+            value, limit = getattr(self, name), 1000 if name == "n_layers" else 2**31
+            if type(value) is not int or not 0 < value < limit:
+                raise ValueError(f"config.json: {name} must be an integer from 1 to {limit - 1}, got {value!r}")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError(f"config.json: {self.n_heads} heads of {self.head_dim} channels on {self.n_kv_heads} KV heads cannot be divided evenly")
+        if len(self.windows) != self.n_layers or any(w is not None and w < 1 for w in self.windows):
+            raise ValueError(f"config.json: sliding windows {self.windows[:4]} of {len(self.windows)} layers do not fit {self.n_layers} layers")
+        if self.act not in list(ACTIVATIONS):
+            raise ValueError(f"hidden_act {self.act} is not supported; supported: {', '.join(ACTIVATIONS)}")
 
 
 def _falcon(raw):
@@ -307,11 +315,14 @@ class Transformer(nn.Module):
         raises ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
         """
         config = ModelConfig.from_folder(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        if config.tied:
-            model.head.weight = None  # or it would be allocated
-        model.to(dtype).to_empty(device=device)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+            if config.tied:
+                model.head.weight = None  # or it would be allocated
+            model.to(dtype).to_empty(device=device)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} needs more memory than {device} has: {str(error).splitlines()[0]}") from None
         _load(model, Path(folder))
         if config.tied:
             model.head.weight = model.embed.weight
