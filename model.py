@@ -108,7 +108,7 @@ class ModelConfig:
     def check(self):
         """Raises ValueError for numbers that describe no model, so that a damaged config.json cannot fail further on."""
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_len"):
-            value, limit = getattr(self, name), 1000 if name == "n_layers" else 2**31
+            value, limit = getattr(self, name), {"n_layers": 1000, "head_dim": 65536}.get(name, 2**31)
             if type(value) is not int or not 0 < value < limit:
                 raise ValueError(f"config.json: {name} must be an integer from 1 to {limit - 1}, got {value!r}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:

@@ -1807,13 +1807,12 @@ def test_prompt_file_seed_and_sampling_flags(checkpoint, tmp_path, capsys):
 
 
 def test_interactive_answers_every_line(checkpoint):
-    """Guards against an end of input that is a traceback, and against an answer that depends on the one before."""
+    """Guards against an end of input that is a traceback, an empty line that counts, and a second prompt that does not follow the first."""
     done = command("--checkpoint", checkpoint, "--interactive", "--max-new-tokens", 8, "--temperature", 0, stdin="one\n\none\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    answers = [line for line in done.stderr.splitlines() if "new tokens" in line]
-    assert len(answers) == 2
-    pieces = done.stdout.split("> one")
-    assert len(pieces) == 3 and pieces[1].strip("\n> ") == pieces[2].strip("\n> ")
+    answers = [int(line.split()[0]) for line in done.stderr.splitlines() if "new tokens" in line]
+    assert len(answers) == 2 and answers[0] == 4 and answers[1] > 7  # bytes of "one" and BOS, then the text so far, too
+    assert done.stdout.count("> one") == 2
 
 
 @slow

@@ -1,7 +1,8 @@
-"""Golden numbers for test_models.py: `python tests/make_golden.py` writes tests/golden/models.safetensors (needs transformers).
+"""Golden numbers for test_models.py: `python tests/make_golden.py` writes tests/golden/models.safetensors (needs transformers and jinja2).
 
 A variant is a few changes to a small `config.json`. Its weights are computed from their names alone, in integers, so that they are
-the same everywhere and need not be kept. What is kept is what transformers makes of them: float32 logits, greedy tokens.
+the same everywhere and need not be kept. What is kept is what transformers makes of them: float32 logits, greedy tokens. The
+texts of chat templates stand below; transformers must make the same.
 """
 import json
 import sys
@@ -55,6 +56,54 @@ VARIANTS = {
     "phi3": PHI3,
 }
 
+TALK = [dict(role="system", content="Be brief."), dict(role="user", content=" Where is <é>?"), dict(role="assistant", content="Here. "),
+        dict(role="user", content='Say "why".')]
+CHAT = {  # the forms that three families use: template, special tokens, messages, what transformers makes of them
+    "chatml": (
+        """{%- for m in messages %}
+    {%- if loop.first and m.role != 'system' %}
+        {{- '<|im_start|>system\nYou are kind.<|im_end|>\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + m['role'] + '\n' + m.content + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}
+{%- endif %}
+""", dict(eos_token="<|im_end|>"), TALK[1:],
+        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\n Where is <é>?<|im_end|>\n<|im_start|>assistant\nHere. <|im_end|>\n"
+        '<|im_start|>user\nSay "why".<|im_end|>\n<|im_start|>assistant\n'),
+    "inst": (
+        """{% if messages[0]['role'] == 'system' %}
+    {% set first, rest = messages[0]['content'], messages[1:] %}
+{% else %}
+    {% set first, rest = '', messages %}
+{% endif %}
+{% for m in rest %}
+    {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('user and assistant must take turns') }}
+    {% endif %}
+    {% if m['role'] == 'user' %}
+{{ bos_token + '[INST] ' + ('<<SYS>>\n' + first + '\n<</SYS>>\n\n' if first and loop.first else '') + m['content'].strip() + ' [/INST]' }}{% else %}
+{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}
+{% endfor %}""", dict(bos_token="<s>", eos_token="</s>"), TALK,
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere is <é>? [/INST] Here. </s><s>[INST] Say \"why\". [/INST]"),
+    "headers": (
+        """{{- bos_token }}
+{%- set ns = namespace(n=0) -%}
+{%- for m in messages -%}
+    {%- if m.content is none %}{% continue %}{% endif -%}
+    {%- set ns.n = ns.n + 1 -%}
+    {{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ (m.content | trim) ~ '<|eot_id|>' }}
+{%- endfor -%}
+{%- if ns.n and add_generation_prompt and strftime_now('%Y') | length == 4 -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
+    {{- messages[0] | tojson -}}
+{%- endif %}""", dict(bos_token="<|begin_of_text|>"), TALK[1:],
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhere is <é>?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "Here.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nSay \"why\".<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        '{"role": "user", "content": " Where is <é>?"}'),
+}
+
 
 def noise(name, *shape):
     """Numbers in [-1, 1) that depend on nothing but the name: a hash of it and of every index, in 32-bit integers."""
@@ -81,10 +130,10 @@ def weights(c):
             out[f"{name}.bias"] = noise(name + ".bias", n) * 0.4
 
     tied = c.get("tie_word_embeddings", falcon)
-    linear("transformer.word_embeddings" if falcon else "model.embed_tokens", VOCAB, dim, gain=2.0 if tied else dim**0.5)
+    linear("transformer.word_embeddings" if falcon else "model.embed_tokens", c["vocab_size"], dim, gain=2.0 if tied else dim**0.5)
     norm("transformer.ln_f" if falcon else "model.norm", dim)
     if not tied:
-        linear("lm_head", VOCAB, dim, gain=4.0)
+        linear("lm_head", c["vocab_size"], dim, gain=4.0)
     for i in range(c["num_hidden_layers"]):
         if falcon:
             at, bias, new = f"transformer.h.{i}.", c["bias"], c["new_decoder_architecture"]
@@ -140,7 +189,11 @@ def tokens(n, seed=0):
 
 def main():
     from transformers import AutoModelForCausalLM, __version__
+    from transformers.utils.chat_template_utils import render_jinja_template
 
+    for template, special, messages, text in CHAT.values():
+        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
+        assert rendered == [text], rendered
     golden = {}
     for name, config in VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +211,7 @@ def main():
         print(f"{name:32} logits {top.max():6.1f}  smallest lead {(top[:, 0] - top[:, 1]).min():.4f}  "
               f"greedy {golden[f'{name}/greedy'].tolist()}", file=sys.stderr)
     GOLDEN.parent.mkdir(exist_ok=True)
-    save_file(golden, GOLDEN, metadata={"transformers": __version__, "torch": torch.__version__})
+    save_file(golden, GOLDEN, metadata={"made with": f"transformers {__version__}, torch {torch.__version__}"})
 
 
 if __name__ == "__main__":
