@@ -370,9 +370,9 @@ def run(args):
         if not prompt:
             continue
         messages.append({"role": "user", "content": prompt})
-        ids = encode(tokenizer, messages, render)
-        while len(ids) + (args.max_new_tokens or 1) > model.config.max_len and len(messages) > 2:
-            print(f"forgetting the oldest turn: the context holds {model.config.max_len} tokens", file=sys.stderr)
+        ids, context = encode(tokenizer, messages, render), model.config.max_len
+        while len(ids) + (args.max_new_tokens or min(200, context // 2)) > context and len(messages) > 2:
+            print(f"forgetting the oldest turn: the context holds {context} tokens", file=sys.stderr)
             del messages[:2]
             ids = encode(tokenizer, messages, render)
         messages.append({"role": "assistant", "content": answer(model, tokenizer, ids, args, "" if args.chat else prompt)})

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from kivi import PRESETS, FullCache, KiviCache, compiled_attention
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
-    "LlamaForCausalLM": ({}, {}),
+    "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
     "MistralForCausalLM": ({"sliding_window": 4096, "max_position_embeddings": 131072}, {}),
     "FalconForCausalLM": ({"tie_word_embeddings": True}, {}),  # and _falcon
     "Qwen2ForCausalLM": ({"use_sliding_window": False, "max_window_layers": 28}, {"qkv_bias": True, "o_bias": False}),
@@ -82,7 +82,7 @@ class ModelConfig:
             max_len, rope = raw.get("max_position_embeddings", 2048), _rope(raw)
             if rope["rope_type"] in ("dynamic", "yarn"):  # the two that are meant to carry a model beyond what its config says
                 max_len = max(max_len, int(rope["factor"] * rope["original_max_position_embeddings"]))
-            window = raw.get("sliding_window") or None if arch != "LlamaForCausalLM" and raw.get("use_sliding_window", True) else None
+            window = (raw.get("sliding_window") or None) if raw.get("use_sliding_window", True) else None
             full = raw.get("max_window_layers", 0)
             kinds = raw.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(min(n_layers, 1000))]
             config = cls(
@@ -113,7 +113,7 @@ class ModelConfig:
                 raise ValueError(f"config.json: {name} must be an integer from 1 to {limit - 1}, got {value!r}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(f"config.json: {self.n_heads} heads of {self.head_dim} channels on {self.n_kv_heads} KV heads cannot be divided evenly")
-        if len(self.windows) != self.n_layers or any(w is not None and w < 1 for w in self.windows):
+        if len(self.windows) != self.n_layers or any(w is not None and (type(w) is not int or w < 1) for w in self.windows):
             raise ValueError(f"config.json: sliding windows {self.windows[:4]} of {len(self.windows)} layers do not fit {self.n_layers} layers")
         if self.act not in list(ACTIVATIONS):
             raise ValueError(f"hidden_act {self.act} is not supported; supported: {', '.join(ACTIVATIONS)}")
@@ -205,9 +205,9 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def norm(c, dim=None):
-    """A fresh norm of the kind that the config asks for."""
-    return (nn.LayerNorm if c.layer_norm else RMSNorm)(dim or c.dim, eps=c.norm_eps)
+def norm(c):
+    """A new norm over a token's `dim` numbers, of the config's kind."""
+    return (nn.LayerNorm if c.layer_norm else RMSNorm)(c.dim, eps=c.norm_eps)
 
 
 def rotate(x, cos, sin):
@@ -338,7 +338,8 @@ class Transformer(nn.Module):
             growth = (factor * lengths.clamp(min=old) / old - (factor - 1))[:, None, None, None]
             freq = freq * growth ** -(torch.arange(0, 2 * len(freq), 2, device=pos.device) / (2 * len(freq) - 2))
         angle = pos[:, None, :, None].float() * freq
-        return angle.cos() * self.rope_scale, angle.sin() * self.rope_scale
+        cos, sin, scale = angle.cos(), angle.sin(), self.rope_scale
+        return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
     def forward(self, tokens):
         """Plain causal forward: tokens [B, T] -> logits [B, T, V]. Reads no cache."""
@@ -480,20 +481,21 @@ PHI3 = {name: to for name, to in LLAMA.items() if to[1] is None} | {
     "mlp.gate_up_proj": ("mlp.w_in", None),
 }
 FALCON = {
+    "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("mlp_norm", None),
     "self_attention.query_key_value": ("attention.wqkv", "groups"),
     "self_attention.dense": ("attention.wo", None),
     "mlp.dense_h_to_4h": ("mlp.w_in", None),
     "mlp.dense_4h_to_h": ("mlp.w_out", None),
 }
-NORMS = {"input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("mlp_norm", None)}
-TWO_NORMS = {"ln_attn": ("attention_norm", None), "ln_mlp": ("mlp_norm", None)}
+FALCON_2 = {{"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}.get(name, name): to for name, to in FALCON.items()}
 TOP = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
 FALCON_TOP = {"transformer.word_embeddings": "embed", "transformer.ln_f": "norm", "lm_head": "head"}
 NAMES = {  # outside the layers, prefix of a layer, inside it
     "llama": (TOP, "model.layers", LLAMA),
     "phi3": (TOP, "model.layers", PHI3),
-    "falcon": (FALCON_TOP, "transformer.h", FALCON | NORMS),
-    "falcon 2": (FALCON_TOP, "transformer.h", FALCON | TWO_NORMS),
+    "falcon": (FALCON_TOP, "transformer.h", FALCON),
+    "falcon 2": (FALCON_TOP, "transformer.h", FALCON_2),
 }
 
 
@@ -522,21 +524,14 @@ def _targets(model):
 
 
 def _weight_files(folder):
-    """The safetensors files of a checkpoint. raises ValueError: there are none; says what to do about it."""
+    """The safetensors files that a checkpoint should have. raises ValueError: its index names others."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(read_json(index)["weight_map"].values()))
-            if all(isinstance(f, str) and Path(f).name == f for f in files):  # nothing outside the folder
-                return [folder / f for f in files]
-        except (KeyError, AttributeError, TypeError):
-            pass
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):  # none outside the folder
         raise ValueError(f"{index} has no weight_map of file names in its folder: download it again")
-    other = sorted(p.name for p in folder.glob("*.bin"))
-    if other and not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder} has its weights only as {other[0]}, which can run code when read: load it with transformers where you trust "
-                         "it and write safetensors with model.save_pretrained(folder)")
-    return [folder / "model.safetensors"]
+    return [folder / f for f in sorted(set(names.values()))]
 
 
 def _load(model, folder):
@@ -545,8 +540,9 @@ def _load(model, folder):
     missing, unexpected = set(targets), []
     for file in _weight_files(folder):
         if not file.exists():
-            raise ValueError(f"{file} does not exist: if the download is complete, the checkpoint has no safetensors weights; write them "
-                             "with transformers (model.save_pretrained) or choose another revision")
+            other = "".join(f", only {p.name}" for p in sorted(folder.glob("*.bin"))[:1])  # a pickle: reading it can run its code
+            raise ValueError(f"{file} does not exist{other}: download it again; if the checkpoint has no safetensors and you trust it, write them "
+                             "with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
         try:
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())

@@ -39,7 +39,8 @@ VARIANTS = {
     "llama, rope llama3": dict(LLAMA, rope_theta=5e5, rope_scaling=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=OLD)),
     "llama, rope linear": dict(LLAMA, rope_scaling=dict(type="linear", factor=4.0)),
-    "llama, rope dynamic": dict(LLAMA, max_position_embeddings=OLD, rope_scaling=dict(type="dynamic", factor=4.0)),
+    "llama, rope dynamic": dict(LLAMA, max_position_embeddings=OLD, rope_scaling=dict(
+        type="dynamic", factor=4.0, original_max_position_embeddings=12)),  # which counts for nothing
     "llama, rope yarn": dict(LLAMA, rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=OLD)),
     "llama, rope yarn, all entries": dict(LLAMA, head_dim=64, rope_scaling=dict(
         rope_type="yarn", factor=8.0, original_max_position_embeddings=OLD, beta_fast=4.0, beta_slow=0.5, mscale=1.5, mscale_all_dim=0.5,
