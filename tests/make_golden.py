@@ -43,10 +43,12 @@ VARIANTS = {
         type="dynamic", factor=4.0, original_max_position_embeddings=12)),  # which counts for nothing
     "llama, rope yarn": dict(LLAMA, rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=OLD)),
     "llama, rope yarn, all entries": dict(LLAMA, head_dim=64, rope_scaling=dict(
-        rope_type="yarn", factor=8.0, original_max_position_embeddings=OLD, beta_fast=4.0, beta_slow=0.5, mscale=1.5, mscale_all_dim=0.5,
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5, mscale=1.5, mscale_all_dim=0.5,
         truncate=False)),
     "mistral, window": dict(MISTRAL, sliding_window=12, rope_theta=10000.0),
     "mistral, no window": MISTRAL,
+    "mistral, rope as transformers 5 writes it": {
+        **{k: v for k, v in MISTRAL.items() if k != "rope_theta"}, "rope_parameters": dict(rope_type="default", rope_theta=1e5)},
     "qwen2": dict(QWEN2, tie_word_embeddings=True),
     "qwen2, window above layer 1": dict(QWEN2, use_sliding_window=True, max_window_layers=1),
     "qwen3": QWEN3,
