@@ -310,17 +310,17 @@ def test_peak_memory_is_the_weights_and_one_tensor(tmp_path):
 USUAL = dict(LLAMA, vocab_size=280, head_dim=32)  # room for bytes and special tokens, and for groups of 32
 
 
-def damaged(folder, changes=(), tokenizer=True, **config):
-    """A checkpoint folder with another config.json and files removed (None) or replaced (bytes)."""
-    write_checkpoint(folder, {**USUAL, **config})
-    if tokenizer:
-        byte_tokenizer().save(str(folder / "tokenizer.json"))
-    for name, content in dict(changes).items():
+def make_folder(folder, files=(), **config):
+    """A checkpoint folder with these changes to its config.json (the weights follow two of them) and files removed (None) or replaced."""
+    write_checkpoint(folder, USUAL | {k: v for k, v in config.items() if k in ("vocab_size", "num_hidden_layers")})
+    (folder / "config.json").write_text(json.dumps(USUAL | config))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    for name, content in dict(files).items():
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     return folder
 
 
-ERRORS = {  # what is wrong: (the folder's changes, what the line must name)
+ERRORS = {  # what is wrong: (changes of the folder, what the line must name)
     "another architecture": (dict(architectures=["GemmaForCausalLM"]), ("GemmaForCausalLM", "FalconForCausalLM", "Qwen3ForCausalLM")),
     "no architecture": (dict(architectures=None), ("architecture", "LlamaForCausalLM")),
     "alibi": (dict(VARIANTS["falcon 7b"], alibi=True), ("alibi",)),
@@ -330,16 +330,16 @@ ERRORS = {  # what is wrong: (the folder's changes, what the line must name)
     "an activation": (dict(hidden_act="relu6"), ("relu6", "silu")),
     "no hidden_size": (dict(hidden_size=None), ("config.json",)),
     "heads that cannot be shared": (dict(num_key_value_heads=3), ("3",)),
-    "only .bin": (dict(changes={"model.safetensors": None, "pytorch_model.bin": b""}), ("pytorch_model.bin", "save_pretrained")),
-    "no weights": (dict(changes={"model.safetensors": None}), ("model.safetensors", "save_pretrained")),
-    "only tokenizer.model": (dict(tokenizer=False, changes={"tokenizer.model": b""}), ("tokenizer.model", "save_pretrained")),
-    "no tokenizer": (dict(tokenizer=False), ("tokenizer.json", "save_pretrained")),
-    "a damaged tokenizer": (dict(changes={"tokenizer.json": b"{}"}), ("tokenizer.json",)),
-    "config that is a list": (dict(changes={"config.json": b"[]"}), ("config.json",)),
-    "tokenizer config that is no JSON": (dict(changes={"tokenizer_config.json": b"{"}), ("tokenizer_config.json",)),
-    "an index without files": (dict(changes={"model.safetensors.index.json": b'{"weight_map": 3}'}), ("index.json",)),
-    "an index that leaves the folder": (dict(changes={"model.safetensors.index.json": b'{"weight_map": {"x": "../x.safetensors"}}'}), ("index.json",)),
-    "a missing shard": (dict(changes={"model.safetensors.index.json": b'{"weight_map": {"x": "model-00001-of-00001.safetensors"}}'}),
+    "only .bin": (dict(files={"model.safetensors": None, "pytorch_model.bin": b""}), ("pytorch_model.bin", "save_pretrained")),
+    "no weights": (dict(files={"model.safetensors": None}), ("model.safetensors", "save_pretrained")),
+    "only tokenizer.model": (dict(files={"tokenizer.json": None, "tokenizer.model": b""}), ("tokenizer.model", "save_pretrained")),
+    "no tokenizer": (dict(files={"tokenizer.json": None}), ("tokenizer.json", "save_pretrained")),
+    "a damaged tokenizer": (dict(files={"tokenizer.json": b"{}"}), ("tokenizer.json",)),
+    "config that is a list": (dict(files={"config.json": b"[]"}), ("config.json",)),
+    "tokenizer config that is no JSON": (dict(files={"tokenizer_config.json": b"{"}), ("tokenizer_config.json",)),
+    "an index without files": (dict(files={"model.safetensors.index.json": b'{"weight_map": 3}'}), ("index.json",)),
+    "an index that leaves the folder": (dict(files={"model.safetensors.index.json": b'{"weight_map": {"x": "../x.safetensors"}}'}), ("index.json",)),
+    "a missing shard": (dict(files={"model.safetensors.index.json": b'{"weight_map": {"x": "model-00001-of-00001.safetensors"}}'}),
                         ("model-00001-of-00001.safetensors",)),
     "a model larger than memory": (dict(hidden_size=2**30, intermediate_size=2**30, head_dim=32), ("memory",)),
     "a vocabulary smaller than the tokenizer's": (dict(vocab_size=200), ("vocabulary", "199")),
@@ -367,17 +367,7 @@ def one_line(result, *named):
 def test_a_checkpoint_that_cannot_be_used_gets_one_line(what, tmp_path, capsys):
     """Guards against tracebacks and against lines that do not say what to do."""
     changes, named = ERRORS[what]
-    one_line(run(capsys, "--checkpoint", damaged(tmp_path, **changes) if "changes" in changes or "tokenizer" in changes else
-                 config_only(tmp_path, changes), "--prompt", "xyz", "--max-new-tokens", 2), *named)
-
-
-def config_only(folder, changes):
-    """Weights that fit LLAMA beside a config.json with changes (a vocabulary's weights follow it)."""
-    if set(changes) == {"vocab_size"}:
-        return damaged(folder, **changes)
-    damaged(folder)
-    (folder / "config.json").write_text(json.dumps({**USUAL, **changes}))
-    return folder
+    one_line(run(capsys, "--checkpoint", make_folder(tmp_path, **changes), "--prompt", "xyz", "--max-new-tokens", 2), *named)
 
 
 def test_no_damaged_config_ends_in_a_traceback(tmp_path):
@@ -445,7 +435,7 @@ class Parrot:
 def chat_folder(tmp_path):
     """A function of (tokenizer, tokenizer_config.json) that returns the folder of a model with them."""
     def make(tokenizer, **config):
-        folder = damaged(tmp_path, tokenizer=False)
+        folder = make_folder(tmp_path)
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         return folder
@@ -581,15 +571,14 @@ def test_a_broken_or_malicious_template_gets_one_line(what, chat_folder, capsys)
 TINYLLAMA, COMMIT, OLDER = "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "f" * 40, "0" * 40
 
 
-def fill_hub_cache(home, repo, source, commit=COMMIT, refs=("main",)):
+def fill_hub_cache(home, repo, source, commit=COMMIT, ref="main"):
     """Files of a folder in the layout of the hub's cache: blobs by hash, links to them in a snapshot, names of commits in refs."""
     import hashlib
 
     top = home / "hub" / f"models--{repo.replace('/', '--')}"
     for name in ("refs", "blobs", f"snapshots/{commit}"):
         (top / name).mkdir(parents=True, exist_ok=True)
-    for ref in refs:
-        (top / "refs" / ref).write_text(commit)
+    (top / "refs" / ref).write_text(commit)
     for file in source.iterdir():
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         (top / "blobs" / digest).write_bytes(file.read_bytes())
@@ -600,10 +589,11 @@ def fill_hub_cache(home, repo, source, commit=COMMIT, refs=("main",)):
 def hub(tmp_path_factory):
     """A hub cache with TinyLlama (two versions of it) and SmolLM2, of random weights."""
     base = tmp_path_factory.mktemp("hub")
-    for repo, commit, refs, layers in ((TINYLLAMA, COMMIT, ("main",), 2), (TINYLLAMA, OLDER, ("v0",), 1), (generate.SHORT["smollm2-135m"], COMMIT, ("main",), 3)):
-        source = damaged(base / f"{layers} layers", num_hidden_layers=layers)
+    smollm = generate.SHORT["smollm2-135m"]
+    for repo, commit, ref, layers in ((TINYLLAMA, COMMIT, "main", 2), (TINYLLAMA, OLDER, "v0", 1), (smollm, COMMIT, "main", 3)):
+        source = make_folder(base / f"{layers} layers", num_hidden_layers=layers)
         (source / "tokenizer_config.json").write_text(json.dumps(INST))
-        fill_hub_cache(base / "home", repo, source, commit, refs)
+        fill_hub_cache(base / "home", repo, source, commit, ref)
     return base / "home"
 
 
@@ -675,5 +665,5 @@ def test_only_needed_files_are_downloaded():
 
 def test_a_revision_of_a_folder_is_refused(tmp_path, capsys):
     """Guards against a pin that is silently without effect."""
-    one_line(run(capsys, "--checkpoint", damaged(tmp_path), "--revision", "main"), "revision 'main'", str(tmp_path))
+    one_line(run(capsys, "--checkpoint", make_folder(tmp_path), "--revision", "main"), "revision 'main'", str(tmp_path))
     one_line(run(capsys, "--revision", "main"), "revision 'main'")
