@@ -124,7 +124,8 @@ def _tokenizer_config(folder):
 def chat_template(folder):
     """The checkpoint's own chat template: a function of messages [{"role": .., "content": ..}, ..] that returns the prompt's text.
 
-    raises ValueError: it has none, or (when called) one that fails; it runs in jinja2's sandbox
+    raises ValueError: it has none, or (when called) one that fails; it runs in jinja2's sandbox, which bounds what it can
+    reach, but neither its time nor its memory
     """
     import jinja2.sandbox
 

@@ -268,7 +268,10 @@ class Cache(nn.Module):
 
 
 class FullCache(Cache):
-    """The full-precision cache: same interface, K and V [B, Hk, T, D] as they came. The baseline of every measurement."""
+    """The full-precision cache: same interface, K and V [B, Hk, T, D] as they came. The baseline of every measurement.
+
+    sliding  as in KiviCache
+    """
 
     BLOCK = 128
 
