@@ -217,15 +217,16 @@ def rotate(x, cos, sin):
 
 
 def causal(q, k, v, window=None, chunk=512):
-    """Exact causal attention over the newest `window` tokens (all when None): q [B, H, T, D]; k, v [B, Hk, T, D] -> [B, H, T, D]."""
-    T, attend = q.shape[2], partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
-    if window is None or T <= window:
+    """Exact attention of the last c of T tokens, over the newest `window` only if given: q [B, H, c, D]; k, v [B, Hk, T, D] -> [B, H, c, D]."""
+    c, T, attend = q.shape[2], k.shape[2], partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    if c == T <= (window or T):
         return attend(q, k, v, is_causal=True)
-    t, out = torch.arange(T, device=q.device), []
-    for first in range(0, T, chunk):  # only the keys that the chunk sees, and never a mask of T x T
-        seen, queries = slice(max(0, first - window + 1), first + chunk), slice(first, first + chunk)
-        age = t[queries, None] - t[seen]
-        out.append(attend(q[:, :, queries], k[:, :, seen], v[:, :, seen], attn_mask=(age >= 0) & (age < window)))
+    t, out, window = torch.arange(T, device=q.device), [], window or T
+    for first in range(T - c, T, chunk):  # only the keys that a chunk of queries sees, and never a mask of T x T
+        seen = slice(max(0, first - window + 1), min(first + chunk, T))
+        age = t[first : seen.stop, None] - t[seen]
+        part = q[:, :, first - T + c : seen.stop - T + c]
+        out.append(attend(part, k[:, :, seen], v[:, :, seen], attn_mask=(age >= 0) & (age < window)))
     return torch.cat(out, 2)
 
 

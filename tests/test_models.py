@@ -129,7 +129,7 @@ def dense(q, k, v, seen):
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("T, window, chunk", ((40, 7, 16), (40, 1, 16), (48, 39, 16), (48, 16, 16), (33, 40, 16), (700, 300, 512)))
+@pytest.mark.parametrize("T, window, chunk", ((40, 7, 16), (40, 1, 16), (48, 39, 16), (48, 16, 16), (33, 40, 16), (33, None, 16), (700, 300, 512)))
 def test_prefill_attends_to_the_window(T, window, chunk, monkeypatch):
     """Guards against a window that is off by one, and against a mask as large as the square of the text."""
     masks, sdpa = [], model_file.F.scaled_dot_product_attention
@@ -141,8 +141,10 @@ def test_prefill_attends_to_the_window(T, window, chunk, monkeypatch):
     q, k, v = noise("q", 2, 4, T, 16), noise("k", 2, 2, T, 16), noise("v", 2, 2, T, 16)
     age = torch.arange(T)[:, None] - torch.arange(T)
     monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", spy)
-    assert (causal(q, k, v, window, chunk) - dense(q, k, v, (age >= 0) & (age < window))).abs().max() <= 1e-5
-    assert max(masks) <= chunk * (chunk + window)
+    want = dense(q, k, v, (age >= 0) & (age < (window or T)))
+    for c in (T, T - 5, 1):  # queries of the last c tokens
+        assert (causal(q[:, :, T - c:], k, v, window, chunk) - want[:, :, T - c:]).abs().max() <= 1e-5
+    assert max(masks) <= chunk * (chunk + (window or T))
 
 
 CACHES = {
