@@ -12,67 +12,150 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.processors import TemplateProcessing
 
 from kivi import FullCache
-from model import Transformer
+from model import ModelConfig, Transformer, read_json
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {  # short names of checkpoints on the hub
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b-v0.1": "mistralai/Mistral-7B-v0.1",
     "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+    "falcon-7b": "tiiuae/falcon-7b",
+    "falcon-7b-instruct": "tiiuae/falcon-7b-instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
 }
+NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+          "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]  # some repositories hold all weights twice
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------
 
-def resolve(checkpoint=None):
+def resolve(checkpoint=None, revision=None):
     """Folder of a checkpoint: the embedded one when omitted, an existing folder, a short name or a hub id (downloaded once).
 
-    raises ValueError: neither; the hub refuses it or cannot be reached
+    revision  branch, tag or commit of the hub's repository
+    raises ValueError: neither; a revision of a folder; the hub refuses it, or cannot be reached and its cache does not hold it
     """
-    if checkpoint is None:
-        return EMBEDDED
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    repo = SHORT.get(checkpoint.lower(), checkpoint)
+    if checkpoint is None or Path(checkpoint).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} needs a checkpoint of the hub, {checkpoint or 'the embedded one'} is a folder")
+        return EMBEDDED if checkpoint is None else Path(checkpoint)
+    repo = SHORT.get(str(checkpoint).lower(), str(checkpoint))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise ValueError(f"checkpoint {checkpoint!r} is no folder, no hub id (owner/name) and none of: {', '.join(SHORT)}")
+        raise ValueError(f"checkpoint {str(checkpoint)!r} is no folder, no hub id (owner/name) and none of: {', '.join(SHORT)}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED))
     except GatedRepoError:
-        raise ValueError(f"{repo} is gated: accept its licence on its hub page, then set HF_TOKEN") from None
+        raise ValueError(f"{repo} is gated: ask for access on https://huggingface.co/{repo}, then set HF_TOKEN to a token of that "
+                         "account (https://huggingface.co/settings/tokens)") from None
     except RepositoryNotFoundError:
         raise ValueError(f"the hub has no repository {repo} (or it is private: set HF_TOKEN)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"cannot download {repo}: {str(error).splitlines()[0]}") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{repo} has no revision {revision!r}: see https://huggingface.co/{repo}/tree/main") from None
+    except LocalEntryNotFoundError as error:
+        if getattr(error, "snapshot_path", None):  # not every file that the hub lists; the loader says so if it matters
+            return Path(error.snapshot_path)
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(f"{repo}{at} is not in the hub's cache and the hub cannot be reached: download it with a connection once, "
+                         "or give a folder") from None
+    except Exception as error:  # whatever its HTTP library raises, too
+        raise ValueError(f"cannot download {repo}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
-def load(checkpoint=None, device="cpu", dtype=torch.float32):
+def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
     """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted."""
-    folder = resolve(checkpoint)
-    model = Transformer.from_pretrained(folder, device, dtype)
+    folder = resolve(checkpoint, revision)
+    ModelConfig.from_folder(folder)  # what is wrong with it should be known first, and the weights take longest
     file = folder / "tokenizer.json"
     if not file.exists():
-        raise ValueError(f"{file} does not exist: save the tokenizer in its fast form (tokenizer.json) beside the weights")
+        slow = (folder / "tokenizer.model").exists()
+        raise ValueError(f"{file} does not exist{', only tokenizer.model' if slow else ''}: write it with transformers, "
+                         "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
     try:
-        return model, Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is no valid tokenizer: {error}") from None
+    _begin(tokenizer, folder)
+    return Transformer.from_pretrained(folder, device, dtype), tokenizer
+
+
+def _begin(tokenizer, folder):
+    """Lets the tokenizer put BOS before a text as tokenizer_config.json says, where it says so and tokenizer.json does not agree."""
+    config, special = _tokenizer_config(folder)
+    token, wanted = special.get("bos_token", ""), config.get("add_bos_token")
+    bos = tokenizer.token_to_id(token)
+    if bos is not None and isinstance(wanted, bool) and wanted != (bos in tokenizer.encode("").ids):
+        tokenizer.post_processor = TemplateProcessing(single=[token] * wanted + ["$A"], special_tokens=[(token, bos)])
+
+
+def _tokenizer_config(folder):
+    """tokenizer_config.json ({} without one) and its special tokens: {"bos_token": "<s>", ..}."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.exists() else {}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items() if name.endswith("_token")}
+    return config, {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def chat_template(folder):
+    """The checkpoint's own chat template: a function of messages [{"role": .., "content": ..}, ..] that returns the prompt's text.
+
+    raises ValueError: it has none, or (when called) one that fails; it runs in jinja2's sandbox, which bounds what it can
+    reach, but neither its time nor its memory
+    """
+    import jinja2.sandbox
+
+    config, special = _tokenizer_config(folder)
+    file, source = folder / "chat_template.jinja", config.get("chat_template")
+    if file.exists():
+        source = file.read_text(encoding="utf-8")
+    elif isinstance(source, list):  # several, by name
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise ValueError(f"{folder} has no chat template: leave out --chat, or choose an instruct model")
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
+    sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+
+    def render(messages):
+        try:
+            return sandbox.from_string(source).render(messages=messages, add_generation_prompt=True, **special)
+        except Exception as error:  # it is a program, and can fail as it likes
+            raise ValueError(f"the chat template of {folder} fails: {type(error).__name__}: {error}") from None
+
+    return render
 
 
 # ---- sampling and the decode loop ---------------------------------------------------------------------------------------
@@ -178,6 +261,9 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     rows = [list(r) for r in tokens] if ragged else tokens.tolist()
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: give at least one token (the beginning-of-text token will do)")
+    if not 0 <= min(map(min, rows)) <= max(map(max, rows)) < model.config.vocab_size:
+        raise ValueError(f"a prompt holds token {max(map(max, rows))}, the model's vocabulary ends at {model.config.vocab_size - 1}: "
+                         "is it the model's own tokenizer?")
     B, lengths = len(rows), [len(r) for r in rows]
     limits = [max_new_tokens] * B if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != B or max(limits) < 1 or min(limits) < 0:
@@ -443,13 +529,15 @@ def main(argv=None):
 def parser():
     p = argparse.ArgumentParser(description="Generate text with a low-bit KV cache (KIVI).")
     p.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
+    p.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     p.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='text to continue (default "Once upon a time")')
     source.add_argument("--prompt-file", help="file with the text to continue")
     source.add_argument("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt and, optionally, max_new_tokens; "
                         "unusable lines are named on stderr and skipped, the exit status is 0 if any prompt ran")
-    source.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input")
+    source.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input; each continues the text so far")
+    p.add_argument("--chat", action="store_true", help="prompts are messages, put into the checkpoint's own chat template")
     p.add_argument("--max-new-tokens", type=int, help="default 200, or what the context leaves")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     p.add_argument("--top-k", type=int)
@@ -480,20 +568,32 @@ def run(args):
         raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
-    model, tokenizer = load(args.checkpoint, device, dtype)
+    folder = resolve(args.checkpoint, args.revision)
+    render = chat_template(folder) if args.chat else None
+    model, tokenizer = load(folder, device, dtype)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if args.prompts:
         return answer_all(model, tokenizer, args)
     if not args.interactive:
-        return answer(model, tokenizer, "Once upon a time" if prompt is None else prompt, args)
+        prompt = "Once upon a time" if prompt is None else prompt
+        answer(model, tokenizer, encode(tokenizer, [{"role": "user", "content": prompt}], render), args, "" if args.chat else prompt)
+        return
+    messages = []
     while True:
         try:
             prompt = input("> ")
         except EOFError:
             return
-        if prompt:
-            answer(model, tokenizer, prompt, args)
+        if not prompt:
+            continue
+        messages.append({"role": "user", "content": prompt})
+        ids, context = encode(tokenizer, messages, render), model.config.max_len
+        while len(ids) + (args.max_new_tokens or min(200, context // 2)) > context and len(messages) > 2:
+            print(f"forgetting the oldest turn: the context holds {context} tokens", file=sys.stderr)
+            del messages[:2]
+            ids = encode(tokenizer, messages, render)
+        messages.append({"role": "assistant", "content": answer(model, tokenizer, ids, args, "" if args.chat else prompt)})
 
 
 def batch_size(text):
@@ -504,10 +604,16 @@ def cache_options(args):
     return {k: getattr(args, k) for k in ("group_size", "residual", "sink") if getattr(args, k) is not None}
 
 
-def answer(model, tokenizer, prompt, args):
-    """Streams the continuation of one prompt to stdout, then prints the statistics to stderr (and JSON to stdout)."""
+def encode(tokenizer, messages, render=None):
+    """Tokens of a conversation: through the chat template `render`, which writes BOS itself, or as one text, a line a turn."""
+    if render is not None:
+        return tokenizer.encode(render(messages), add_special_tokens=False).ids
+    return tokenizer.encode("".join(m["content"] + "\n" * (m["role"] == "assistant") for m in messages)).ids
+
+
+def answer(model, tokenizer, ids, args, echo):
+    """Streams the continuation of ids to stdout after `echo`, then the statistics to stderr (and JSON to stdout); returns the text."""
     torch.manual_seed(args.seed)
-    ids = tokenizer.encode(prompt).ids
     new = args.max_new_tokens or max(1, min(200, model.config.max_len - len(ids)))
     options = cache_options(args)
     reserve(model, 1, 1, len(ids), len(ids) + new, args, options)
@@ -520,8 +626,14 @@ def answer(model, tokenizer, prompt, args):
             text.append(piece)
             print(piece, end="", flush=True)
 
-    print(prompt, end="", flush=True)
-    out = generate(model, [ids], new, args.temperature, top_k=args.top_k, top_p=args.top_p, on_token=show, stats=stats)
+    print(echo, end="", flush=True)
+    try:
+        out = generate(model, [ids], new, args.temperature, top_k=args.top_k, top_p=args.top_p, on_token=show, stats=stats)
+    except KeyboardInterrupt:  # ends an interactive answer, not the program
+        if not args.interactive:
+            raise
+        print()
+        return "".join(text)
     print()
     c, count = model.config, len(out[0]) - len(ids)
     result = {
@@ -538,6 +650,7 @@ def answer(model, tokenizer, prompt, args):
           f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
+    return result["text"]
 
 
 def peak_bytes(device):

@@ -182,11 +182,13 @@ class Cache(nn.Module):
     `prefill`, `append` and `attend` are the checked interface on top of them.
     """
 
-    def __init__(self, batch, max_len, block, blocks, device):
+    def __init__(self, batch, max_len, block, blocks, device, sliding=None):
         super().__init__()
+        if sliding is not None and sliding < 1:
+            raise ValueError(f"sliding must be at least 1 token, got {sliding}")
         if batch < 1 or max_len < 1:
             raise ValueError(f"a cache needs at least one row and one token, got batch {batch} and max_len {max_len}")
-        self.batch, self.max_len, self.block = batch, max_len, block
+        self.batch, self.max_len, self.block, self.sliding = batch, max_len, block, sliding
         self.lengths = [0] * batch
         self.register_buffer("pos", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("index", torch.arange(blocks, dtype=torch.int32, device=device), persistent=False)
@@ -286,12 +288,15 @@ def slices(n, width, unit):
 
 
 class FullCache(Cache):
-    """The full-precision cache: same interface, K and V [B, Hk, T, D] as they came. The baseline of every measurement."""
+    """The full-precision cache: same interface, K and V [B, Hk, T, D] as they came. The baseline of every measurement.
+
+    sliding  as in KiviCache
+    """
 
     BLOCK = 128
 
-    def __init__(self, batch, n_kv_heads, max_len, head_dim, *, dtype=torch.float32, device="cpu"):
-        super().__init__(batch, max_len, self.BLOCK, -(-max_len // self.BLOCK), device)
+    def __init__(self, batch, n_kv_heads, max_len, head_dim, *, sliding=None, dtype=torch.float32, device="cpu"):
+        super().__init__(batch, max_len, self.BLOCK, -(-max_len // self.BLOCK), device, sliding)
         for name in "kv":
             buffer = torch.zeros(batch, n_kv_heads, self.capacity(max_len), head_dim, dtype=dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
@@ -328,6 +333,8 @@ class FullCache(Cache):
         k, v = self.k.narrow(2, 0, n), self.v.narrow(2, 0, n)
         B, Hk, _, D = k.shape
         seen = torch.arange(n, device=q.device) <= pos[:, None, None, None]  # [B, 1, 1, n]
+        if self.sliding is not None:
+            seen = seen & (torch.arange(n, device=q.device) > (pos - self.sliding)[:, None, None, None])
         # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times.
         return F.scaled_dot_product_attention(q.reshape(B, Hk, -1, D).to(k.dtype), k, v, attn_mask=seen).reshape(q.shape).to(q.dtype)
 
@@ -340,15 +347,16 @@ class KiviCache(Cache):
     """One layer's KIVI cache. Buffers are allocated once; nothing is ever re-quantized.
 
     batch, n_kv_heads, max_len (tokens a row can hold), head_dim; the options are those of `KVConfig`
+    sliding  attention reads only that many of the newest tokens, sinks included (a model's sliding window; all when None)
     raises  ValueError: see KVConfig.check
     source  KIVI, arXiv 2402.02750; schedule and order of operations of jy-yuan/KIVI
     """
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0,
-                 dtype=torch.float32, device="cpu"):
+                 sliding=None, dtype=torch.float32, device="cpu"):
         c = KVConfig(k_bits, v_bits, group_size, residual, sink)
         c.check(head_dim)
-        super().__init__(batch, max_len, c.block(max_len), c.blocks(max_len), device)
+        super().__init__(batch, max_len, c.block(max_len), c.blocks(max_len), device, sliding)
         self.config = c
         B, Hk, D, G, W, T = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len)
 
@@ -516,11 +524,14 @@ class KiviCache(Cache):
         plane = (t // G % P)[:, None, None]
         for a, x in enumerate(scores):
             window = torch.where(exact[:, None, None] | (plane != a), window, x[place])
-        window = window.masked_fill((held < 0)[:, None, None], NEVER)
+        unseen = held < 0 if self.sliding is None else (held < 0) | (held <= pos[:, None] - self.sliding)
+        window = window.masked_fill(unseen[:, None, None], NEVER)
 
         # Tokens whose value is quantized: from the sinks to the window.
         t = blocks[:, None] * C + torch.arange(C, dtype=torch.int32, device=q.device)  # [nb, C]
         packed = ((t >= S) & (t < (pos - c.residual).int()[:, None, None]))[:, None, :, None]  # [B, 1, nb, 1, C]
+        if self.sliding is not None:
+            packed = packed & (t > (pos - self.sliding).int()[:, None, None])[:, None, :, None]
         scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(packed, P))]
         if c.k_bits != c.v_bits:
             scores = self.split(self.join(scores), 8 // c.v_bits)

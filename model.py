@@ -1,7 +1,7 @@
 """A Llama-shaped transformer that reads Hugging Face checkpoints and decodes through a KV cache (kivi.py).
 
-One file, one architecture: what differs between Llama, Mistral, Qwen and their kin is data in `ModelConfig`, read from
-`config.json`. Weights come straight from safetensors, one tensor at a time, without a conversion step.
+One file, one architecture: what differs between Llama, Mistral, Falcon, Qwen and their kin is data in `ModelConfig`, read
+from `config.json`. Weights come straight from safetensors, one tensor at a time, without a conversion step.
 
 Three ways through the same layers: `model(tokens)` is the plain causal forward (scoring, parity), `prefill` runs whole
 prompts with exact attention and fills the caches, `decode` runs one token a row through the caches and is what gets
@@ -10,7 +10,8 @@ compiled.
 import json
 import re
 from dataclasses import dataclass, field
-from math import log, pi
+from functools import partial
+from math import ceil, floor, log, pi
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, slices
 
-SUPPORTED = {  # architectures entry of config.json -> what its config.json leaves unsaid
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
+SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
+    "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
+    "MistralForCausalLM": ({"sliding_window": 4096, "max_position_embeddings": 131072}, {}),
+    "FalconForCausalLM": ({"tie_word_embeddings": True}, {}),  # and _falcon
+    "Qwen2ForCausalLM": ({"use_sliding_window": False, "max_window_layers": 28}, {"qkv_bias": True, "o_bias": False}),
+    "Qwen3ForCausalLM": ({"use_sliding_window": False, "max_window_layers": 28}, {"qk_norm": True}),
+    "Phi3ForCausalLM": ({}, {"names": "phi3"}),
 }
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))}
 
 
 @dataclass
@@ -49,6 +53,13 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    layer_norm: bool = False  # LayerNorm with bias instead of RMSNorm
+    parallel: bool = False  # attention and MLP read the same x (Falcon)
+    norms: int = 2  # of a layer; with one, both halves read the same normed x
+    act: str = "silu"
+    gated: bool = True  # w_out(act(gate) * up), else w_out(act(x))
+    windows: tuple = ()  # of attention, layer by layer, in tokens; None reads everything
+    names: str = "llama"  # key of NAMES
     eos: tuple = ()
 
     @classmethod
@@ -57,59 +68,132 @@ class ModelConfig:
 
         raises ValueError: no such file, not JSON, an unknown architecture or a missing entry; one line that says which
         """
-        raw = _read_json(Path(folder) / "config.json")
-        arch = (raw.get("architectures") or ["none named"])[0]
-        if arch not in SUPPORTED:
+        raw = read_json(Path(folder) / "config.json")
+        arch = raw.get("architectures")
+        arch = arch[0] if arch and isinstance(arch, list) else "none named"
+        if arch not in list(SUPPORTED):
             raise ValueError(f"architecture {arch} is not supported; supported: {', '.join(SUPPORTED)}")
+        defaults, own = SUPPORTED[arch]
+        raw = {**defaults, **raw}
         try:
-            heads = raw["num_attention_heads"]
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            if arch == "FalconForCausalLM":
+                words, own = _falcon(raw)
+                raw |= words
+            heads, n_layers, bias = raw["num_attention_heads"], raw["num_hidden_layers"], raw.get("attention_bias", False)
+            max_len, rope = raw.get("max_position_embeddings", 2048), _rope(raw)
+            if rope["rope_type"] in ("dynamic", "yarn"):  # the two that are meant to carry a model beyond what its config says
+                max_len = max(max_len, int(rope["factor"] * rope["original_max_position_embeddings"]))
+            window = (raw.get("sliding_window") or None) if raw.get("use_sliding_window", True) else None
+            full = raw.get("max_window_layers", 0)
+            kinds = raw.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(min(n_layers, 1000))]
             config = cls(
-                vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=raw["num_hidden_layers"], n_heads=heads,
+                vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=n_layers, n_heads=heads,
                 n_kv_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                hidden_dim=raw["intermediate_size"], max_len=raw.get("max_position_embeddings", 2048),
-                norm_eps=raw.get("rms_norm_eps", 1e-5), rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-                rope_scaling=rope, tied=raw.get("tie_word_embeddings", False),
-                qkv_bias=raw.get("attention_bias", False), o_bias=raw.get("attention_bias", False),
-                mlp_bias=raw.get("mlp_bias", False),
+                hidden_dim=raw["intermediate_size"], max_len=max_len, norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                rope_theta=rope["rope_theta"], rope_scaling=rope, tied=raw.get("tie_word_embeddings", False),
+                act=raw.get("hidden_act", "silu"), windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+                **{"qkv_bias": bias, "o_bias": bias, "mlp_bias": raw.get("mlp_bias", False), **own},
             )
+            config.check()
+            rope_frequencies(config)  # a missing entry should be known before the weights are read
         except KeyError as error:
             raise ValueError(f"{folder}/config.json has no entry {error}") from None
-        for name, value in SUPPORTED[arch].items():
-            setattr(config, name, value)
-        if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-            config.max_len = min(config.max_len, raw["sliding_window"])  # up to here the window changes nothing; beyond is refused
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/config.json holds an entry of the wrong kind: {error}") from None
         generation = Path(folder) / "generation_config.json"
-        eos = (_read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
-        config.eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+        config.eos = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
         return config
 
+    def check(self):
+        """Raises ValueError for numbers that describe no model, so that a damaged config.json cannot fail further on."""
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_len"):
+            value, limit = getattr(self, name), {"n_layers": 1000, "head_dim": 65536}.get(name, 2**31)
+            if type(value) is not int or not 0 < value < limit:
+                raise ValueError(f"config.json: {name} must be an integer from 1 to {limit - 1}, got {value!r}")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError(f"config.json: {self.n_heads} heads of {self.head_dim} channels on {self.n_kv_heads} KV heads cannot be divided evenly")
+        if len(self.windows) != self.n_layers or any(w is not None and (type(w) is not int or w < 1) for w in self.windows):
+            raise ValueError(f"config.json: sliding windows {self.windows[:4]} of {len(self.windows)} layers do not fit {self.n_layers} layers")
+        if self.act not in list(ACTIVATIONS):
+            raise ValueError(f"hidden_act {self.act} is not supported; supported: {', '.join(ACTIVATIONS)}")
 
-def _read_json(path):
+
+def _falcon(raw):
+    """What Falcon's config.json says: in the words of the others, and what those have no word for."""
+    if raw.get("alibi"):
+        raise ValueError("alibi position biases (the falcon-rw models) are not supported: use a Falcon with rotary embeddings")
+    new, heads, bias = raw.get("new_decoder_architecture", False), raw["num_attention_heads"], raw.get("bias", False)
+    parallel = new or raw.get("parallel_attn", True)
+    norms = (raw.get("num_ln_in_parallel_attn") or 2) if new else 1 if parallel else 2
+    grouped = (raw.get("num_kv_heads") or heads) if new else 1 if raw.get("multi_query", True) else heads
+    words = {
+        "num_key_value_heads": grouped, "intermediate_size": raw.get("ffn_hidden_size") or 4 * raw["hidden_size"], "head_dim": None,
+        "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5), "hidden_act": raw.get("activation", "gelu"), "sliding_window": None,
+    }
+    return words, {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bias, "layer_norm": True, "parallel": parallel, "norms": norms,
+                   "gated": False, "names": "falcon 2" if parallel and norms == 2 else "falcon"}
+
+
+def _rope(raw):
+    """The rotary embedding that a config.json describes, in one spelling, with the defaults filled in."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    old = raw.get("max_position_embeddings", 2048)
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if rope["rope_type"] == "dynamic" or not rope.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = old
+    if rope["rope_type"] == "yarn" and not rope.get("factor"):
+        rope["factor"] = old / rope["original_max_position_embeddings"]
+    part = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    if part != 1:
+        raise ValueError(f"partial_rotary_factor {part} is not supported: only models that rotate whole heads (1.0) are")
+    return rope
+
+
+def read_json(path):
+    """The object in a JSON file. raises ValueError: no such file, not JSON or not an object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: a checkpoint is a folder in the Hugging Face layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def rope_frequencies(config):
-    """Rotation per token of each channel pair, float32 [D / 2], after the config's `rope_scaling`."""
-    D, scaling = config.head_dim, config.rope_scaling
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """Rotation per token of each channel pair, float32 [D / 2], after the config's `rope_scaling`, and the factor of cos and sin.
+
+    source  linear, llama3: Llama 3.1 reference code; yarn: arXiv 2309.00071; dynamic (the growth is in `Transformer.rope`)
+    """
+    D, scaling, theta = config.head_dim, config.rope_scaling, config.rope_theta
+    freq = 1.0 / theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+    kind, old = scaling.get("rope_type", "default"), scaling.get("original_max_position_embeddings")
+    if kind in ("default", "dynamic"):
+        return freq, 1.0
     if kind == "linear":
-        return freq / scaling["factor"]
+        return freq / scaling["factor"], 1.0
+    # Slow pairs are stretched by `factor`, fast ones kept, those in between blended.
     if kind == "llama3":
-        # Slow pairs are stretched by `factor`, fast ones kept, those in between blended (Llama 3.1 reference code).
-        old, low, high = scaling["original_max_position_embeddings"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-        smooth = ((old * freq / (2 * pi) - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * freq / scaling["factor"] + smooth * freq
-    if kind != "default":
-        raise ValueError(f"rope_scaling of type {kind} is not supported; supported: default, linear, llama3")
-    return freq
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept, scale = ((old * freq / (2 * pi) - low) / (high - low)).clamp(0, 1), 1.0
+    elif kind == "yarn":
+        pair = lambda turns: D * log(old / (turns * 2 * pi)) / (2 * log(theta))  # that turns so often in the old context
+        low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            low, high = floor(low), ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        kept = 1 - ((torch.arange(D // 2) - low) / (high - low or 0.001)).clamp(0, 1)
+        growth = lambda m: 0.1 * m * log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+        m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale = scaling.get("attention_factor") or (growth(m) / growth(m_all) if m and m_all else growth(1))
+    else:
+        raise ValueError(f"rope_scaling of type {kind} is not supported; supported: default, linear, dynamic, llama3, yarn")
+    return (1 - kept) * freq / scaling["factor"] + kept * freq, scale
 
 
 class RMSNorm(nn.Module):
@@ -122,22 +206,32 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
+def norm(c):
+    """A new norm over a token's `dim` numbers, of the config's kind."""
+    return (nn.LayerNorm if c.layer_norm else RMSNorm)(c.dim, eps=c.norm_eps)
+
+
 def rotate(x, cos, sin):
     """Rotary embedding, Hugging Face convention (halves, not interleaved pairs): x [B, H, T, D]; cos, sin [B, 1, T, D / 2]."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
 
-def causal_attention(q, k, v):
-    """Exact attention of the last c of T tokens: q [B, H, c, D], k, v [B, Hk, T, D] -> [B, H, c, D]. No [T, T] mask."""
-    c, T = q.shape[2], k.shape[2]
-    if c == T:
-        how = {"is_causal": True}
-    elif q.is_cuda:
-        how = {"attn_mask": causal_lower_right(c, T)}  # a flag of the flash kernel, not a tensor
-    else:
-        how = {"attn_mask": torch.ones(c, T, dtype=torch.bool, device=q.device).tril(T - c)}  # bounded by the chunk of queries
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
+def causal(q, k, v, window=None, chunk=512):
+    """Exact attention of the last c of T tokens, over the newest `window` only if given: q [B, H, c, D]; k, v [B, Hk, T, D] -> [B, H, c, D]."""
+    c, T, attend = q.shape[2], k.shape[2], partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    window = window or T
+    if c == T <= window:
+        return attend(q, k, v, is_causal=True)
+    if q.is_cuda and T <= window:
+        return attend(q, k, v, attn_mask=causal_lower_right(c, T))  # a flag of the flash kernel, not a tensor
+    t, out = torch.arange(T, device=q.device), []
+    for first in range(T - c, T, chunk):  # only the keys that a chunk of queries sees, and never a mask of T x T
+        seen = slice(max(0, first - window + 1), min(first + chunk, T))
+        age = t[first : seen.stop, None] - t[seen]
+        part = q[:, :, first - T + c : seen.stop - T + c]
+        out.append(attend(part, k[:, :, seen], v[:, :, seen], attn_mask=(age >= 0) & (age < window)))
+    return torch.cat(out, 2)
 
 
 class Attention(nn.Module):
@@ -164,24 +258,27 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.w_in = nn.Linear(c.dim, 2 * c.hidden_dim, bias=c.mlp_bias)  # gate and up in one product
+        self.act, self.gated = ACTIVATIONS[c.act], c.gated
+        self.w_in = nn.Linear(c.dim, (1 + c.gated) * c.hidden_dim, bias=c.mlp_bias)  # gate and up in one product
         self.w_out = nn.Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x):
+        if not self.gated:
+            return self.w_out(self.act(self.w_in(x)))
         gate, up = self.w_in(x).chunk(2, -1)
-        return self.w_out(F.silu(gate) * up)
+        return self.w_out(self.act(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, window=None):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(c.dim, c.norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = RMSNorm(c.dim, c.norm_eps), MLP(c)
-        self.cache = None
+        self.attention_norm, self.attention = norm(c), Attention(c)
+        self.mlp_norm, self.mlp = norm(c) if c.norms == 2 else self.attention_norm, MLP(c)
+        self.parallel, self.window, self.cache = c.parallel, window, None
 
     def forward(self, x, cos, sin):
         """Exact causal attention over x [B, T, dim]. Reads no cache."""
-        return self.after(x, causal_attention(*self.attention.qkv(self.attention_norm(x), cos, sin)))
+        return self.after(x, causal(*self.attention.qkv(self.attention_norm(x), cos, sin), self.window))
 
     def prefill(self, x, cos, sin, lengths, row, chunk):
         """`forward` in place, `chunk` tokens of every row at a time; K and V go into the rows of the cache from `row` on.
@@ -195,7 +292,7 @@ class Block(nn.Module):
             b = a + part.shape[1]
             q, k[:, :, a:b], v[:, :, a:b] = self.attention.qkv(self.attention_norm(part), cos[:, :, a:b], sin[:, :, a:b])
             finite += [torch.isfinite(y[:, :, a:b]).all() for y in (k, v)]
-            x[:, a:b] = self.after(part, causal_attention(q, k[:, :, :b], v[:, :, :b]))
+            x[:, a:b] = self.after(part, causal(q, k[:, :, :b], v[:, :, :b], self.window))
         self.cache.fill(k, v, lengths, row)
         return x, torch.stack(finite).all()
 
@@ -210,7 +307,9 @@ class Block(nn.Module):
         return q
 
     def after(self, x, y):
-        """The part of `decode` after attention: x [B, 1, dim], y [B, H, 1, D] -> [B, 1, dim]."""
+        """What follows attention: x [B, T, dim], y [B, H, T, D] -> [B, T, dim]."""
+        if self.parallel:
+            return x + self.attention.out(y) + self.mlp(self.mlp_norm(x))
         x = x + self.attention.out(y)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -220,8 +319,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
-        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.layers = nn.ModuleList(Block(c, window) for window in c.windows or [None] * c.n_layers)
+        self.norm, self.rope_scale = norm(c), 1.0
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.decode_block, self.flush_block = Block.decode, _flush
 
@@ -233,19 +332,31 @@ class Transformer(nn.Module):
         raises ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
         """
         config = ModelConfig.from_folder(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        model.to(dtype).to_empty(device=device)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+            if config.tied:
+                model.head.weight = None  # or it would be allocated
+            model.to(dtype).to_empty(device=device)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} needs more memory than {device} has: {str(error).splitlines()[0]}") from None
         _load(model, Path(folder))
         if config.tied:
             model.head.weight = model.embed.weight
-        model.register_buffer("freq", rope_frequencies(config).to(device), persistent=False)
+        freq, model.rope_scale = rope_frequencies(config)
+        model.register_buffer("freq", freq.to(device), persistent=False)
         return model.eval().requires_grad_(False)
 
-    def rope(self, pos):
-        """cos, sin [B, 1, T, D / 2] float32 of positions pos [B, T]."""
-        angle = pos[:, None, :, None].float() * self.freq
-        return angle.cos(), angle.sin()
+    def rope(self, pos, lengths=None):
+        """cos, sin [B, 1, T, D / 2] float32 of positions pos [B, T] in rows of `lengths` [B] tokens (up to the last when None)."""
+        freq, scaling = self.freq, self.config.rope_scaling
+        if scaling.get("rope_type") == "dynamic":  # beyond the trained context, slower with every token (as transformers does)
+            lengths, old, factor = pos[:, -1] + 1 if lengths is None else lengths, scaling["original_max_position_embeddings"], scaling["factor"]
+            growth = (factor * lengths.clamp(min=old) / old - (factor - 1))[:, None, None, None]
+            freq = freq * growth ** -(torch.arange(0, 2 * len(freq), 2, device=pos.device) / (2 * len(freq) - 2))
+        angle = pos[:, None, :, None].float() * freq
+        cos, sin, scale = angle.cos(), angle.sin(), self.rope_scale
+        return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
     def forward(self, tokens):
         """Plain causal forward: tokens [B, T] -> logits [B, T, V]. Reads no cache."""
@@ -267,6 +378,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{max_len} tokens exceed the model's context of {c.max_len}: shorten the prompt or --max-new-tokens")
         where = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
         for layer, config in zip(self.layers, self.kv_configs(kv, **options)):
+            where["sliding"] = layer.window if layer.window and layer.window < max_len else None
             if config is None:
                 layer.cache = FullCache(batch, c.n_kv_heads, max_len, c.head_dim, **where)
             else:
@@ -377,7 +489,7 @@ class Transformer(nn.Module):
         """`prefill` of some rows: tokens [b, L] of the rows from `row` on, whose lengths `cache.pos` holds -> logits [b, V], finite."""
         pos = self.cache.pos[row : row + len(tokens)]
         x, finite = self.embed(tokens), []
-        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None])
+        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None], pos)
         for layer in self.layers:
             x, ok = layer.prefill(x, cos, sin, pos, row, chunk)
             finite.append(ok)
@@ -447,7 +559,7 @@ def _flush(layer, pos):
 
 # ---- loading ------------------------------------------------------------------------------------------------------------
 
-NAMES = {  # Hugging Face name inside a layer -> parameter of Block, part of a fused one
+LLAMA = {  # Hugging Face name inside a layer -> parameter of Block, part of a fused one
     "input_layernorm": ("attention_norm", None),
     "post_attention_layernorm": ("mlp_norm", None),
     "self_attn.q_proj": ("attention.wqkv", 0),
@@ -460,11 +572,31 @@ NAMES = {  # Hugging Face name inside a layer -> parameter of Block, part of a f
     "mlp.up_proj": ("mlp.w_in", 1),
     "mlp.down_proj": ("mlp.w_out", None),
 }
+PHI3 = {name: to for name, to in LLAMA.items() if to[1] is None} | {
+    "self_attn.qkv_proj": ("attention.wqkv", None),
+    "mlp.gate_up_proj": ("mlp.w_in", None),
+}
+FALCON = {
+    "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("mlp_norm", None),
+    "self_attention.query_key_value": ("attention.wqkv", "groups"),
+    "self_attention.dense": ("attention.wo", None),
+    "mlp.dense_h_to_4h": ("mlp.w_in", None),
+    "mlp.dense_4h_to_h": ("mlp.w_out", None),
+}
+FALCON_2 = {{"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}.get(name, name): to for name, to in FALCON.items()}
 TOP = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
+FALCON_TOP = {"transformer.word_embeddings": "embed", "transformer.ln_f": "norm", "lm_head": "head"}
+NAMES = {  # outside the layers, prefix of a layer, inside it
+    "llama": (TOP, "model.layers", LLAMA),
+    "phi3": (TOP, "model.layers", PHI3),
+    "falcon": (FALCON_TOP, "transformer.h", FALCON),
+    "falcon 2": (FALCON_TOP, "transformer.h", FALCON_2),
+}
 
 
 def _targets(model):
-    """Where each tensor of a checkpoint goes: Hugging Face name -> view of a parameter."""
+    """Where each tensor of a checkpoint goes: Hugging Face name -> views of a parameter, in the order of the tensor's rows."""
     params, c, targets = dict(model.named_parameters()), model.config, {}
     splits = {"attention.wqkv": model.layers[0].attention.sizes, "mlp.w_in": (c.hidden_dim, c.hidden_dim)}
 
@@ -472,42 +604,61 @@ def _targets(model):
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in params:
                 p = params[f"{name}.{kind}"].data
-                targets[f"{hf}.{kind}"] = p if part is None else p.split(split)[part]
+                parts = [p] if part is None else p.split(split)
+                if part == "groups":  # Falcon: the queries of one KV head, its key, its value, then the next
+                    parts = [x for group in zip(*(x.chunk(c.n_kv_heads) for x in parts)) for x in group]
+                targets[f"{hf}.{kind}"] = [parts[part]] if isinstance(part, int) else parts
 
-    for hf, name in TOP.items():
+    top, prefix, inside = NAMES[c.names]
+    for hf, name in top.items():
         if not (c.tied and name == "head"):
             add(hf, name, None, None)
     for i in range(c.n_layers):
-        for hf, (name, part) in NAMES.items():
-            add(f"model.layers.{i}.{hf}", f"layers.{i}.{name}", part, splits.get(name))
+        for hf, (name, part) in inside.items():
+            add(f"{prefix}.{i}.{hf}", f"layers.{i}.{name}", part, splits.get(name))
     return targets
+
+
+def _weight_files(folder):
+    """The safetensors files that a checkpoint should have. raises ValueError: its index names others."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):  # none outside the folder
+        raise ValueError(f"{index} has no weight_map of file names in its folder: download it again")
+    return [folder / f for f in sorted(set(names.values()))]
 
 
 def _load(model, folder):
     """Copies every tensor of the checkpoint into the model, one at a time; reports all missing and unexpected names at once."""
-    targets = _targets(model)
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    targets, device = _targets(model), str(model.embed.weight.device)
     missing, unexpected = set(targets), []
-    for file in files:
-        if not (folder / file).exists():
-            other = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"found only {other[0]}: convert it to safetensors first" if other else "is the download complete?"
-            raise ValueError(f"{folder / file} does not exist; {hint}")
+    for file in _weight_files(folder):
+        if not file.exists():
+            other = "".join(f", only {p.name}" for p in sorted(folder.glob("*.bin"))[:1])  # a pickle: reading it can run its code
+            raise ValueError(f"{file} does not exist{other}: download it again; if the checkpoint has no safetensors and you trust it, write them "
+                             "with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
         try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name not in targets:
-                        if not name.endswith("rotary_emb.inv_freq") and not (model.config.tied and name == "lm_head.weight"):
-                            unexpected.append(name)
-                        continue
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+            for name in names:
+                if name not in targets:
+                    if not name.endswith("rotary_emb.inv_freq") and not (model.config.tied and name == "lm_head.weight"):
+                        unexpected.append(name)
+                    continue
+                with safe_open(file, framework="pt", device=device) as tensors:  # anew: what is mapped counts as our memory
                     tensor = tensors.get_tensor(name)
-                    if tensor.shape != targets[name].shape:
-                        raise ValueError(f"{name} in {file} has shape {tuple(tensor.shape)}, config.json asks for {tuple(targets[name].shape)}")
-                    targets[name].copy_(tensor)
-                    missing.discard(name)
+                rows = [len(view) for view in targets[name]]
+                shape = (sum(rows), *targets[name][0].shape[1:])
+                if tensor.shape != shape:
+                    raise ValueError(f"{name} in {file.name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
+                for view, part in zip(targets[name], tensor.split(rows)):
+                    view.copy_(part)
+                missing.discard(name)
+                del tensor, part
         except SafetensorError as error:
-            raise ValueError(f"{folder / file} is damaged or truncated ({error}): download it again") from None
+            raise ValueError(f"{file} is damaged or truncated ({error}): download it again") from None
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its config.json; missing: {_some(missing)}; unexpected: {_some(unexpected)}")
 

@@ -26,7 +26,7 @@ import generate
 import kivi
 import quantize as qz
 from kivi import FullCache, KiviCache
-from model import ModelConfig, Transformer
+from model import Transformer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -1556,15 +1556,6 @@ def test_rows_of_a_batch_equal_the_same_prompts_alone(embedded):
         assert generate.generate(model, [prompt], 40, 0.0, kv="kivi2", residual=32, stop=())[0] == row
 
 
-def test_a_sliding_window_caps_the_context(tmp_path):
-    """Guards against full attention beyond the window, which would be another model."""
-    raw = json.loads((HERE / "tiny" / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
-    for extra, want in (({}, 4096), ({"sliding_window": None}, 4096), ({"sliding_window": 1024}, 1024),
-                        ({"sliding_window": 1024, "use_sliding_window": False}, 4096)):
-        (tmp_path / "config.json").write_text(json.dumps(raw | extra))
-        assert ModelConfig.from_folder(tmp_path).max_len == want
-
-
 def test_the_quality_benchmark_runs_as_a_user_calls_it(tmp_path):
     """Guards against a benchmark that rots: its table, its JSON line and its file."""
     file = tmp_path / "quality.json"
@@ -1840,13 +1831,12 @@ def test_prompt_file_seed_and_sampling_flags(checkpoint, tmp_path, capsys):
 
 
 def test_interactive_answers_every_line(checkpoint):
-    """Guards against an end of input that is a traceback, and against an answer that depends on the one before."""
+    """Guards against an end of input that is a traceback, an empty line that counts, and a second prompt that does not follow the first."""
     done = command("--checkpoint", checkpoint, "--interactive", "--max-new-tokens", 8, "--temperature", 0, stdin="one\n\none\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    answers = [line for line in done.stderr.splitlines() if "new tokens" in line]
-    assert len(answers) == 2
-    pieces = done.stdout.split("> one")
-    assert len(pieces) == 3 and pieces[1].strip("\n> ") == pieces[2].strip("\n> ")
+    answers = [int(line.split()[0]) for line in done.stderr.splitlines() if "new tokens" in line]
+    assert len(answers) == 2 and answers[0] == 4 and answers[1] > 7  # bytes of "one" and BOS, then the text so far, too
+    assert done.stdout.count("> one") == 2
 
 
 @slow
