@@ -26,7 +26,7 @@ import generate
 import kivi
 import quantize as qz
 from kivi import FullCache, KiviCache
-from model import Transformer
+from model import ModelConfig, Transformer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
