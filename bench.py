@@ -263,8 +263,8 @@ def decode(args, device):
                 b.synchronize()
                 times.append(a.elapsed_time(b))
             ms = statistics.median(times)
-            kv_bytes = sum(layer.cache.nbytes for layer in model.layers) if capacity <= T + 256 else None
-            floor = (weights + (kv_bytes or 0)) / bandwidth * 1e3
+            kv_bytes = B * sum(layer.cache.traffic(T - 7) for layer in model.layers)
+            floor = (weights + kv_bytes) / bandwidth * 1e3
             results.append({"model": name, "batch": B, "tokens": T, "capacity": capacity, "kv": kv, "ms": ms, "tokens_per_s": B / ms * 1e3,
                             "weights": weights, "kv_bytes": kv_bytes, "floor_ms": floor, "first_step_s": cold,
                             "peak_GB": torch.cuda.max_memory_allocated() / 1e9})
@@ -466,7 +466,7 @@ def throughput(args, device):
                     r["tokens_per_s"] = batch * output / (r["prefill_s"] + r["decode_s"])
                     r["decode_tokens_per_s"] = batch * (output - 1) / r["decode_s"]
                     middle = prompt + output // 2
-                    kv_bytes = sum(v for k, v in model.memory(batch, 1, middle, kv, **options).items() if k in ("codes", "metadata", "window"))
+                    kv_bytes = batch * sum(layer.cache.traffic(middle) for layer in model.layers)
                     r["roofline_ms"] = {"weights": weights / bandwidth * 1e3, "matmul": weights / 2 * 2 * batch / flops * 1e3, "kv": kv_bytes / bandwidth * 1e3}
                     if device.type == "cuda":
                         r["peak_bytes"], r["reserved_bytes"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

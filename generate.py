@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.processors import TemplateProcessing
 
 from kivi import FullCache
-from model import ModelConfig, Transformer, read_json
+from model import Block, ModelConfig, Transformer, read_json
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,6 +53,20 @@ SHORT = {  # short names of checkpoints on the hub
 }
 NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
           "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]  # some repositories hold all weights twice
+
+BANDWIDTH = {  # name of a device -> GB/s of its memory, as its data sheet says
+    "NVIDIA B200": 8000, "NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350, "NVIDIA H100 NVL": 3900, "NVIDIA H100 PCIe": 2000,
+    "NVIDIA A100-SXM4-80GB": 2039, "NVIDIA A100 80GB PCIe": 1935, "NVIDIA A100-SXM4-40GB": 1555, "NVIDIA A100-PCIE-40GB": 1555,
+    "NVIDIA L40S": 864, "NVIDIA L4": 300, "NVIDIA A10G": 600, "Tesla V100-SXM2-16GB": 900, "Tesla T4": 320,
+    "NVIDIA GeForce RTX 5090": 1792, "NVIDIA GeForce RTX 4090": 1008, "NVIDIA GeForce RTX 3090": 936,
+}
+PROFILED, WAIT = 10, 4  # decode steps of --profile, and those before them: compilation, the profiler's own start
+
+
+def note(text=""):
+    """Shows what takes long in the last line of a terminal, until the next note; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------
@@ -105,7 +120,10 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is no valid tokenizer: {error}") from None
     _begin(tokenizer, folder)
-    return Transformer.from_pretrained(folder, device, dtype), tokenizer
+    try:
+        return Transformer.from_pretrained(folder, device, dtype, lambda share: note(f"loading the weights: {share:.0%}")), tokenizer
+    finally:
+        note()
 
 
 def _begin(tokenizer, folder):
@@ -184,6 +202,7 @@ class Decoder:
         self.model, self.token, self.sampling = model, token.clone(), sampling
         self.graphs = {} if (token.is_cuda if graphs is None else graphs) else None
         self.pool = None
+        self.started, self.compile_s, self.compile_steps = False, 0.0, 0  # what compilations and captures take, in steps of their own
 
     def _step(self, blocks):
         self.token.copy_(sample(self.model.decode(self.token, blocks), **self.sampling)[:, None])
@@ -191,13 +210,24 @@ class Decoder:
     def __call__(self):
         cache = self.model.cache
         cache.advance()
-        blocks = cache.blocks(cache.length)
+        blocks = cache.blocks(cache.length, bucket=self.graphs is not None)
+        new = not self.started and compiled(self.model) if self.graphs is None else len(blocks) not in self.graphs
+        begin, first, self.started = time.perf_counter(), not self.started, True
+        if new and first:  # later it would be in the middle of the text
+            note("compiling the decode step ...")
         if self.graphs is None:
             self._step(blocks)
         else:
-            self._replay(cache.blocks(cache.length, bucket=True))
-        if cache.due():
+            self._replay(blocks)
+        if cache.due() or new:  # what is not due stays as it is, but the compilation should be over
             self.model.flush()
+        if new:
+            if self.token.is_cuda:
+                torch.cuda.synchronize()
+            if first:
+                note()
+            self.compile_s += time.perf_counter() - begin
+            self.compile_steps += 1
 
     def _replay(self, blocks):
         """Replays the step's graph for this many blocks, captured at its first use."""
@@ -217,6 +247,10 @@ class Decoder:
             self.pool = graph.pool()
             self.graphs[key] = graph
         self.graphs[key].replay()
+
+
+def compiled(model):
+    return model.decode_block is not Block.decode
 
 
 class Mailbox:
@@ -253,7 +287,8 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
                     `setup_caches` made if they fit the batch, else "kivi2"
     on_token        called with the list of the B newest tokens after every step
     on_row          called with (row, its new tokens) as soon as a row ends
-    stats           dict that receives prefill_s, decode_s (seconds) and steps
+    stats           dict that receives prefill_s, decode_s (seconds) and steps; compile_s and compile_steps, which the two before do not
+                    count: the steps that compiled or captured a CUDA graph
     decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid; it brings its own sampling
     returns         the same form as `tokens`, prompt included: [B, L + n] (an early row repeats its last token), or lists
     """
@@ -285,6 +320,7 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     token = sample(model.prefill(padded, lengths), **sampling)[:, None]
     decoder = decoder or Decoder(model, token, **sampling)
     decoder.token.copy_(token)
+    compile_s, compile_steps = decoder.compile_s, decoder.compile_steps
     mail = Mailbox()
     mail.post(token)
     if token.is_cuda:
@@ -312,7 +348,9 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
         if all(done):
             break
     if stats is not None:
-        stats.update(prefill_s=begin - start, decode_s=time.perf_counter() - begin, steps=n - 1)
+        compile_s, compile_steps = decoder.compile_s - compile_s, decoder.compile_steps - compile_steps
+        stats.update(prefill_s=begin - start, decode_s=time.perf_counter() - begin - compile_s, steps=max(0, n - 1 - compile_steps),
+                     compile_s=compile_s, compile_steps=compile_steps)
     out = [r + x for r, x in zip(rows, new)]
     if ragged:
         return out
@@ -437,7 +475,7 @@ def answer_all(model, tokenizer, args):
     options = cache_options(args)
     capacity, longest = max(len(j.ids) + j.limit for j in jobs), max(len(j.ids) for j in jobs)
     batch = reserve(model, args.batch_size, len(jobs), longest, capacity, args, options)
-    results, total = {}, {"prefill_s": 0.0, "decode_s": 0.0, "waves": 0, "decoded": 0}
+    results, total = {}, {"prefill_s": 0.0, "decode_s": 0.0, "compile_s": 0.0, "waves": 0, "decoded": 0, "bytes": 0}
     try:
         # The longest first: what does not fit shows at once, and rows of a wave have much the same work.
         queue = sorted(jobs, key=lambda j: -len(j.ids) - j.limit)
@@ -462,9 +500,13 @@ def waves(model, queue, batch, capacity, args, options, results, total):
             keep = lambda row, new: results.setdefault(wave[row].index, new)
             generate(model, [j.ids for j in wave] + [[0]] * dummies, [j.limit for j in wave] + [0] * dummies, on_row=keep, stats=stats,
                      decoder=decoder)
+            skip = stats["compile_steps"]
+            steps = [(len(j.ids) + skip, max(0, len(results[j.index]) - 1 - skip)) for j in wave]
             total["prefill_s"] += stats["prefill_s"]
             total["decode_s"] += stats["decode_s"]
-            total["decoded"] += sum(len(results[j.index]) - 1 for j in wave)
+            total["compile_s"] += stats["compile_s"]
+            total["decoded"] += sum(n for _, n in steps)
+            total["bytes"] += traffic(model, steps)
             total["waves"] += 1
             print(f"{len(results)} prompts done, wave of {len(wave)}: prefill {stats['prefill_s']:.2f} s, {stats['steps']} steps in "
                   f"{stats['decode_s']:.2f} s", file=sys.stderr)
@@ -503,12 +545,18 @@ def report(model, tokenizer, jobs, results, batch, capacity, total, args):
         "kv_bytes_full": c.n_layers * FullCache.bytes(batch, c.n_kv_heads, capacity, c.head_dim, model.embed.weight.dtype),
         "peak_bytes": peak_bytes(model.embed.weight.device),
     }
-    speed = f", decoding {result['tokens_per_s']:.1f} tokens/s" if total["decoded"] else ""
-    print(f"{len(done)} of {len(jobs)} prompts in {total['waves']} waves of {batch}: {result['prompt_tokens']} prompt tokens, "
-          f"{result['new_tokens']} new tokens{speed}; peak memory {result['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+    result |= speeds(result, total["bytes"], total["compile_s"], model.embed.weight.device)
+    print(f"{len(done)} of {len(jobs)} prompts in {total['waves']} waves of {batch}: {told(result)}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
     sys.stdout.flush()
+
+
+EXAMPLES = """examples:
+  python generate.py                                                            English from the embedded checkpoint
+  python generate.py --checkpoint smollm2-135m-instruct --chat --interactive    a conversation
+  python generate.py --checkpoint llama-2-7b --prompts file.jsonl --json        many prompts at once, answers in order
+"""
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -527,31 +575,38 @@ def main(argv=None):
 
 
 def parser():
-    p = argparse.ArgumentParser(description="Generate text with a low-bit KV cache (KIVI).")
-    p.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
-    p.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
-    p.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
-    source = p.add_mutually_exclusive_group()
+    p = argparse.ArgumentParser(description="Generate text with a low-bit KV cache (KIVI).", epilog=EXAMPLES,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("model")
+    g.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
+    g.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default on cuda)")
+    g = p.add_argument_group("cache")
+    g.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    g.add_argument("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
+    g.add_argument("--residual", type=int, help="R, recent tokens in full precision (default 128)")
+    g.add_argument("--sink", type=int, help="S, first tokens in full precision (default 0)")
+    g = p.add_argument_group("prompt")
+    source = g.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='text to continue (default "Once upon a time")')
     source.add_argument("--prompt-file", help="file with the text to continue")
     source.add_argument("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt and, optionally, max_new_tokens; "
                         "unusable lines are named on stderr and skipped, the exit status is 0 if any prompt ran")
     source.add_argument("--interactive", action="store_true", help="read prompts line by line until end of input; each continues the text so far")
-    p.add_argument("--chat", action="store_true", help="prompts are messages, put into the checkpoint's own chat template")
-    p.add_argument("--max-new-tokens", type=int, help="default 200, or what the context leaves")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    p.add_argument("--top-k", type=int)
-    p.add_argument("--top-p", type=float)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
-    p.add_argument("--residual", type=int, help="R, recent tokens in full precision (default 128)")
-    p.add_argument("--sink", type=int, help="S, first tokens in full precision (default 0)")
-    p.add_argument("--batch-size", type=batch_size, help="--prompts: rows that run together (default auto: as many as fit)")
-    p.add_argument("--memory-gb", type=float, help="GiB that weights, cache and activations may take (default: what is free)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default on cuda)")
-    p.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object; with --prompts one for every prompt before it")
+    g.add_argument("--chat", action="store_true", help="prompts are messages, put into the checkpoint's own chat template")
+    g.add_argument("--batch-size", type=batch_size, help="--prompts: rows that run together (default auto: as many as fit)")
+    g.add_argument("--memory-gb", type=float, help="GiB that weights, cache and activations may take (default: what is free)")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--max-new-tokens", type=int, help="default 200, or what the context leaves")
+    g.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    g.add_argument("--top-k", type=int)
+    g.add_argument("--top-p", type=float)
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("output")
+    g.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object; with --prompts one for every prompt before it")
+    g.add_argument("--profile", metavar="FILE", help=f"write a chrome trace of {PROFILED} decode steps")
     return p
 
 
@@ -566,6 +621,10 @@ def run(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if args.profile:
+        if args.prompts or args.interactive:
+            raise ValueError(f"--profile is for one prompt: leave out --{'prompts' if args.prompts else 'interactive'}")
+        open(args.profile, "wb").close()  # what cannot be written should be known before the weights are read
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     folder = resolve(args.checkpoint, args.revision)
@@ -615,20 +674,26 @@ def answer(model, tokenizer, ids, args, echo):
     """Streams the continuation of ids to stdout after `echo`, then the statistics to stderr (and JSON to stdout); returns the text."""
     torch.manual_seed(args.seed)
     new = args.max_new_tokens or max(1, min(200, model.config.max_len - len(ids)))
-    options = cache_options(args)
-    reserve(model, 1, 1, len(ids), len(ids) + new, args, options)
-    model.setup_caches(1, len(ids) + new, args.kv, **options)
+    options, capacity = cache_options(args), room(model, len(ids) + new)
+    reserve(model, 1, 1, len(ids), capacity, args, options)
+    model.setup_caches(1, capacity, args.kv, **options)
     stream, text, stats = DecodeStream(ids=ids), [], {}
+    profiler = profile(args.profile, new) if args.profile else None
+    echo = [echo]
 
     def show(newest):
+        if echo:  # only now: before, the line shows the compilation
+            print(echo.pop(), end="")
+        if profiler:
+            profiler.step()
         if newest[0] not in model.config.eos:
             piece = stream.step(tokenizer, newest[0]) or ""
             text.append(piece)
             print(piece, end="", flush=True)
 
-    print(echo, end="", flush=True)
     try:
-        out = generate(model, [ids], new, args.temperature, top_k=args.top_k, top_p=args.top_p, on_token=show, stats=stats)
+        with profiler or nullcontext():
+            out = generate(model, [ids], new, args.temperature, top_k=args.top_k, top_p=args.top_p, on_token=show, stats=stats)
     except KeyboardInterrupt:  # ends an interactive answer, not the program
         if not args.interactive:
             raise
@@ -636,21 +701,80 @@ def answer(model, tokenizer, ids, args, echo):
         return "".join(text)
     print()
     c, count = model.config, len(out[0]) - len(ids)
+    if profiler:
+        n = min(PROFILED, count - WAIT + 1)
+        if n < 1:
+            raise ValueError(f"the text ended after {count} tokens, before the steps that --profile records: try another --prompt or --seed")
+        print(f"{n} decode steps are in {args.profile} (open it in https://ui.perfetto.dev)", file=sys.stderr)
     result = {
         "text": "".join(text), "prompt_tokens": len(ids), "new_tokens": count,
         "prefill_s": stats["prefill_s"], "decode_s": stats["decode_s"],
         "tokens_per_s": stats["steps"] / stats["decode_s"] if stats["steps"] else None,
         "kv": args.kv, "kv_bytes": sum(layer.cache.nbytes for layer in model.layers),
-        "kv_bytes_full": c.n_layers * FullCache.bytes(1, c.n_kv_heads, len(ids) + new, c.head_dim, model.embed.weight.dtype),
+        "kv_bytes_full": c.n_layers * FullCache.bytes(1, c.n_kv_heads, capacity, c.head_dim, model.embed.weight.dtype),
         "peak_bytes": peak_bytes(model.embed.weight.device),
     }
-    speed = f"{result['tokens_per_s']:.1f} tokens/s" if stats["steps"] else "one token"
-    print(f"{len(ids)} prompt tokens in {stats['prefill_s']:.2f} s, {count} new tokens, decoding {speed}; {args.kv} cache "
-          f"{result['kv_bytes'] / 2**20:.2f} MiB (full precision {result['kv_bytes_full'] / 2**20:.2f} MiB), "
-          f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+    moved = traffic(model, [(len(ids) + stats.get("compile_steps", 0), stats["steps"])])
+    result |= speeds(result, moved, stats.get("compile_s", 0.0), model.embed.weight.device)
+    print(told(result), file=sys.stderr)
     if args.json:
         print(json.dumps(result))
     return result["text"]
+
+
+def room(model, n):
+    """Capacity of the caches for n tokens. Every capacity is a compilation of its own, so a compiled step gets few: at least 1,024 tokens, then
+    four sizes an octave, so that the turns of a conversation share one; never beyond the model's context."""
+    if not compiled(model) or n > model.config.max_len:
+        return n
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return min(model.config.max_len, max(1024, -(-n // step) * step))
+
+
+def traffic(model, rows):
+    """Bytes that decoding must read: the weights in every step, the cache of each row at its middle length.
+
+    rows  [(tokens before the first step, steps)]
+    """
+    embedding = 0 if model.config.tied else model.embed.weight.nbytes  # one row of it is read
+    weights = model.memory(1, 1, 1, "bf16")["weights"] - embedding
+    kv = sum(n * layer.cache.traffic(before + 1 + n // 2) for before, n in rows for layer in model.layers)
+    return weights * max(n for _, n in rows) + kv
+
+
+def speeds(result, moved, compile_s, device):
+    """What the statistics say about time beside the seconds themselves: None where nothing was decoded or the device is not known."""
+    rate = moved / result["decode_s"] / 1e9 if result["tokens_per_s"] else None
+    peak = BANDWIDTH.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return {"compile_s": compile_s, "prefill_tokens_per_s": result["prompt_tokens"] / result["prefill_s"] if result["prefill_s"] else None,
+            "decode_gb_per_s": rate, "roofline": rate / peak if rate and peak else None}
+
+
+def told(result):
+    """The statistics as one line."""
+    line = f"{result['prompt_tokens']} prompt tokens in {result['prefill_s']:.2f} s"
+    if result["prefill_tokens_per_s"]:
+        line += f" ({result['prefill_tokens_per_s']:.0f} tokens/s)"
+    line += f", {result['new_tokens']} new tokens"
+    if result["tokens_per_s"]:
+        line += f" in {result['decode_s']:.2f} s: {result['tokens_per_s']:.1f} tokens/s, {result['decode_gb_per_s']:.1f} GB/s"
+    if result["roofline"]:
+        line += f" ({result['roofline']:.0%} of the memory's)"
+    if result["compile_s"]:
+        line += f", after compiling for {result['compile_s']:.1f} s"
+    return (f"{line}; {result['kv']} cache {result['kv_bytes'] / 2**20:.2f} MiB (full precision {result['kv_bytes_full'] / 2**20:.2f} MiB), "
+            f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB")
+
+
+def profile(file, new):
+    """A profiler that writes a chrome trace of PROFILED decode steps to `file`, fewer if the text ends early; `step` is called with every new token.
+
+    raises ValueError: so many tokens are not asked for
+    """
+    if new < WAIT + PROFILED:
+        raise ValueError(f"--profile needs {WAIT + PROFILED} new tokens, this run makes {new}: raise --max-new-tokens or shorten the prompt")
+    schedule = torch.profiler.schedule(wait=WAIT - 2, warmup=1, active=PROFILED, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(file)))
 
 
 def peak_bytes(device):

@@ -338,6 +338,10 @@ class FullCache(Cache):
         # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times.
         return F.scaled_dot_product_attention(q.reshape(B, Hk, -1, D).to(k.dtype), k, v, attn_mask=seen).reshape(q.shape).to(q.dtype)
 
+    def traffic(self, length):
+        """As in KiviCache."""
+        return 2 * self.k.shape[1] * self.k.shape[3] * min(length, self.sliding or length) * self.k.element_size()
+
     def dequantized(self):
         """(k, v) [B, Hk, L, D]: what attend reads."""
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
@@ -605,6 +609,16 @@ class KiviCache(Cache):
         zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
         terms = [(x[:, :, :, None] * s[:, :, :, a, :, None], *plane) for a, (x, plane) in enumerate(zip(p, _planes(w, c.v_bits, half)))]
         return (_product(*terms) + zero[..., None]).transpose(3, 4).flatten(-2)  # sums [B, Hk, nb, D / G, M, G]
+
+    def traffic(self, length):
+        """Bytes that attention must read of one row of `length` tokens: codes and metadata of the packed ones, the others exactly."""
+        c, (_, Hk, _, D), seen = self.config, self.k_window.shape, min(length, self.sliding or length)
+        total = 0
+        for bits, newest in ((c.k_bits, (length - 1) % c.residual + 1), (c.v_bits, c.residual + 1)):
+            exact = min(seen, newest + c.sink)
+            total += exact * D * self.k_window.element_size()
+            total += (seen - exact) * (D * bits // 8 + D // c.group_size * 2 * self.k_scale.element_size())
+        return Hk * total
 
     def dequantized(self):
         """(k, v) [B, Hk, L, D] float32: exactly what attend reads now; zeros beyond a row's own length."""

@@ -326,9 +326,10 @@ class Transformer(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, progress=None):
         """Loads a Hugging Face checkpoint folder (single or sharded safetensors) onto `device` in `dtype`.
 
+        progress  called with the share of the tensors that are there, 0 .. 1, after each of them
         raises ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
         """
         config = ModelConfig.from_folder(folder)
@@ -340,7 +341,7 @@ class Transformer(nn.Module):
             model.to(dtype).to_empty(device=device)
         except RuntimeError as error:
             raise ValueError(f"{folder} needs more memory than {device} has: {str(error).splitlines()[0]}") from None
-        _load(model, Path(folder))
+        _load(model, Path(folder), progress)
         if config.tied:
             model.head.weight = model.embed.weight
         freq, model.rope_scale = rope_frequencies(config)
@@ -630,7 +631,7 @@ def _weight_files(folder):
     return [folder / f for f in sorted(set(names.values()))]
 
 
-def _load(model, folder):
+def _load(model, folder, progress=None):
     """Copies every tensor of the checkpoint into the model, one at a time; reports all missing and unexpected names at once."""
     targets, device = _targets(model), str(model.embed.weight.device)
     missing, unexpected = set(targets), []
@@ -656,6 +657,8 @@ def _load(model, folder):
                 for view, part in zip(targets[name], tensor.split(rows)):
                     view.copy_(part)
                 missing.discard(name)
+                if progress:
+                    progress(1 - len(missing) / len(targets))
                 del tensor, part
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or truncated ({error}): download it again") from None
