@@ -683,7 +683,7 @@ def answer(model, tokenizer, ids, args, echo):
 
     def show(newest):
         if echo:  # only now: before, the line shows the compilation
-            print(echo.pop(), end="")
+            print(echo.pop(), end="", flush=True)
         if profiler:
             profiler.step()
         if newest[0] not in model.config.eos:
@@ -705,7 +705,7 @@ def answer(model, tokenizer, ids, args, echo):
         n = min(PROFILED, count - WAIT + 1)
         if n < 1:
             raise ValueError(f"the text ended after {count} tokens, before the steps that --profile records: try another --prompt or --seed")
-        print(f"{n} decode steps are in {args.profile} (open it in https://ui.perfetto.dev)", file=sys.stderr)
+        print(f"{n} decode steps are in {args.profile} (https://ui.perfetto.dev opens it); the times below count the profiler's own", file=sys.stderr)
     result = {
         "text": "".join(text), "prompt_tokens": len(ids), "new_tokens": count,
         "prefill_s": stats["prefill_s"], "decode_s": stats["decode_s"],
