@@ -624,7 +624,7 @@ def run(args):
     if args.profile:
         if args.prompts or args.interactive:
             raise ValueError(f"--profile is for one prompt: leave out --{'prompts' if args.prompts else 'interactive'}")
-        open(args.profile, "wb").close()  # what cannot be written should be known before the weights are read
+        open(args.profile, "ab").close()  # what cannot be written should be known before the weights are read
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     folder = resolve(args.checkpoint, args.revision)

@@ -60,7 +60,8 @@ def as_compiled(monkeypatch, compiled=lambda layer, *args: Block.decode(layer, *
 
 # ---- the statistics ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", (dict(), dict(sink=3), dict(k_bits=4, dtype=torch.bfloat16), dict(sliding=70), dict(sliding=200, v_bits=8)), ids=str)
+@pytest.mark.parametrize("options", (dict(), dict(sink=3), dict(k_bits=4, dtype=torch.bfloat16), dict(sliding=70), dict(sliding=200, v_bits=8)),
+                         ids=str)
 def test_traffic_is_that_of_the_tokens_present(options):
     """Token by token, as the docstring of kivi.py says what is packed when. Guards against the capacity instead of the length, a window
     that is always full, metadata in bits, K and V with the same boundary."""
@@ -98,7 +99,8 @@ def test_the_statistics_hold_together(tied, tmp_path):
     code, out, err = run("--checkpoint", tmp_path, "--kv", "bf16", "--temperature", 0, "--max-new-tokens", 61, "--json")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["new_tokens"] == 61 and result["roofline"] is None and result["compile_s"] == 0
-    token = config["num_hidden_layers"] * config["num_key_value_heads"] * config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) * 2 * 4
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    token = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 4
     moved = 60 * read + token * sum(result["prompt_tokens"] + 1 + i for i in range(60))
     assert result["decode_gb_per_s"] * 1e9 * result["decode_s"] == pytest.approx(moved, rel=2e-3)
     assert result["tokens_per_s"] * result["decode_s"] == pytest.approx(60)
@@ -212,7 +214,8 @@ def test_a_text_that_ends_early_has_fewer_steps_in_its_profile(tmp_path):
     assert "error: the text ended after 2 tokens" in err
 
 
-@pytest.mark.parametrize("args, named", ((("--max-new-tokens", 13), "14 new tokens"), (("--interactive",), "--interactive"), (("--prompts", "x"), "--prompts")))
+@pytest.mark.parametrize("args, named", ((("--max-new-tokens", 13), "14 new tokens"), (("--interactive",), "--interactive"),
+                                         (("--prompts", "x"), "--prompts")))
 def test_a_profile_that_cannot_be_is_refused(args, named, tmp_path):
     """Guards against an empty trace, and one that every answer overwrites."""
     code, out, err = run(*args, "--profile", tmp_path / "trace")
