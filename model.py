@@ -225,13 +225,13 @@ def causal(q, k, v, window=None, chunk=512):
         return attend(q, k, v, is_causal=True)
     if q.is_cuda and T <= window:
         return attend(q, k, v, attn_mask=causal_lower_right(c, T))  # a flag of the flash kernel, not a tensor
-    t, out = torch.arange(T, device=q.device), []
+    t, out = torch.arange(T, device=q.device), torch.empty_like(q)
     for first in range(T - c, T, chunk):  # only the keys that a chunk of queries sees, and never a mask of T x T
         seen = slice(max(0, first - window + 1), min(first + chunk, T))
-        age = t[first : seen.stop, None] - t[seen]
-        part = q[:, :, first - T + c : seen.stop - T + c]
-        out.append(attend(part, k[:, :, seen], v[:, :, seen], attn_mask=(age >= 0) & (age < window)))
-    return torch.cat(out, 2)
+        own = t[first : seen.stop, None]
+        part = slice(first - T + c, seen.stop - T + c)
+        out[:, :, part] = attend(q[:, :, part], k[:, :, seen], v[:, :, seen], attn_mask=(t[seen] <= own) & (t[seen] > own - window))
+    return out
 
 
 class Attention(nn.Module):
