@@ -235,6 +235,7 @@ def decode(args, device):
             for layer in model.layers:
                 layer.cache = None
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             capacity = args.capacity or T + 256
             model.setup_caches(B, capacity, kv)
             if kv == "bf16":
