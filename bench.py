@@ -519,6 +519,7 @@ def tuned(model, bits, measure):
 
 STUDY = {  # the paper's findings in small, then what was tried beyond the paper
     **{f"K per {k}, V per {v}, R = 0": Fake(k_axis=k, v_axis=v, residual=0) for k in ("channel", "token") for v in ("token", "channel")},
+    **{f"K per {k}, V per {v}, R = 128": Fake(k_axis=k, v_axis=v) for k, v in (("channel", "channel"), ("token", "token"), ("token", "channel"))},
     **{f"K per {k}, V per {v}, R = 0, 4 bits": Fake(4, 4, k, v, residual=0) for k in ("channel", "token") for v in ("token", "channel")},
     **{f"2 bits, R = {r}": Fake(residual=r) for r in (32, 64, 128)},
     **{f"2 bits, G = {g}": Fake(group_size=g) for g in (64, 128)},
@@ -672,8 +673,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     device = torch.device(args.device)
     torch.manual_seed(0)
-    with torch.no_grad():
-        result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
+    try:
+        with torch.no_grad():
+            result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
