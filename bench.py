@@ -38,6 +38,7 @@ SHAPES = {  # name -> B, H, Hk, T, D
 }
 CACHES = {
     "kivi2": PRESETS["kivi2"],
+    "kivi2+": PRESETS["kivi2+"],
     "kivi2 G64": KVConfig(2, 2, 64, 128),
     "kivi2 G128": KVConfig(2, 2, 128, 128),
     "kivi4": PRESETS["kivi4"],
@@ -324,13 +325,15 @@ class Fake:
         group = lambda axis: self.group_size if axis == "channel" else min(self.group_size, D)
         return (self.k_bits + 32 / group(self.k_axis) + 16 / D * self.k_norm + self.v_bits + 32 / group(self.v_axis)) / 2
 
-    def exact(self, pos, axis):
-        """[n, T] bool: does the query at pos [n] read token t < T exactly?"""
-        t, R = torch.arange(int(pos[-1]) + 1, device=pos.device), self.residual
-        if axis == "value":
+    def exact(self, pos, what):
+        """[n, T] bool: does the query at pos [n] read token t < T of K ("k") or V ("v") exactly?"""
+        axis, R, block = getattr(self, f"{what}_axis"), self.residual, max(self.residual, self.group_size)
+        first = pos // block * block  # of a block that is not complete
+        if axis == "token" and what == "v":
             first = pos - R
-        else:
-            first = pos // max(R, self.group_size) * max(R, self.group_size) if R or axis == "channel" else pos + 1
+        elif axis == "token" and R == 0:
+            first = pos + 1
+        t = torch.arange(int(pos[-1]) + 1, device=pos.device)
         return (t >= first[:, None]) | (t < self.sink)
 
     def quantized(self, x, bits, axis, shrink):
@@ -381,10 +384,10 @@ class FakeCache(torch.nn.Module):
         k, v = self.k.float(), self.v.float()
         k_read, v_read = f.read(self.k, self.v, self.rope)
         q = q.unflatten(1, (-1, M)).float()  # [B, Hk, M, n, D]
-        scores = torch.where(f.exact(pos, "key" if f.k_axis == "token" else "channel"), q @ k[:, :, None].mT, q @ k_read.float()[:, :, None].mT)
+        scores = torch.where(f.exact(pos, "k"), q @ k[:, :, None].mT, q @ k_read.float()[:, :, None].mT)
         seen = torch.arange(k.shape[2], device=q.device) <= pos[:, None]
         p = (scores * q.shape[-1] ** -0.5).masked_fill(~seen, -math.inf).softmax(-1)
-        exact = f.exact(pos, "channel" if f.v_axis == "channel" else "value")
+        exact = f.exact(pos, "v")
         return (p * exact @ v[:, :, None] + p * ~exact @ v_read.float()[:, :, None]).flatten(1, 2).type_as(self.k)
 
 
