@@ -926,7 +926,7 @@ def test_two_bits_buy_what_the_table_says():
     assert (small.nbytes - ring) * 8 / (2 * 2 * 4096 * 128) == pytest.approx(3.0, rel=0.01)
     assert 4.5 < full.nbytes / small.nbytes < 5.0
     presets = {name: (c.k_bits, c.v_bits, c.group_size, c.residual, c.sink, c.shrink) for name, c in kivi.PRESETS.items()}
-    assert presets == {"kivi2": (2, 2, 32, 128, 0, 1), "kivi2+": (2, 2, 32, 128, 4, 0.85), "kivi4": (4, 4, 32, 128, 0, 1), "k4v2": (4, 2, 32, 128, 0, 1)}
+    assert presets == {"kivi2": (2, 2, 32, 128, 0, 1), "kivi2+": (2, 2, 32, 128, 32, 0.85), "kivi4": (4, 4, 32, 128, 0, 1), "k4v2": (4, 2, 32, 128, 0, 1)}
 
 
 # ---- mutations: each of these bugs must make a check above fail ----------------------------------------------------------------------
@@ -1813,7 +1813,7 @@ def test_the_program_runs_for_every_kv(kv, checkpoint, tmp_path):
     layers = {"kivi2": [(2, 2)] * 2, "kivi2+": [(2, 2)] * 2, "kivi4": [(4, 4)] * 2, "k4v2": [(4, 2)] * 2, "kvtuner": [(4, 2), (2, 8)]}.get(kv)
     full = 2 * FullCache(1, 2, n, 32).nbytes
     assert result["kv_bytes_full"] == full
-    sink = 4 if kv == "kivi2+" else 0
+    sink = 32 if kv == "kivi2+" else 0
     want = full if layers is None else sum(KiviCache(1, 2, n, 32, k_bits=k, v_bits=v, group_size=16, residual=32, sink=sink).nbytes for k, v in layers)
     assert result["kv_bytes"] == want
 
