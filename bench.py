@@ -587,10 +587,11 @@ def quality(args, device):
                 short = min(len(p) for p, _, _ in batch)
                 if any(len(p) != short for p, _, _ in batch):  # answers of unequal lengths: the prompts too
                     batch = [(p[:1] + p[1 + len(p) - short :], a, d) for p, a, d in batch]
-                question = prefilled(model, torch.tensor([p for p, _, _ in batch], device=device))
-                answer = torch.tensor([a + a[-1:] * (n - len(a)) for _, a, _ in batch], device=device)
+                # The last token of the question is decoded: the answer's first token must come through the cache as well.
+                question = prefilled(model, torch.tensor([p[:-1] for p, _, _ in batch], device=device))
+                given_answer = torch.tensor([p[-1:] + a[:-1] + a[-1:] * (n - len(a)) for p, a, _ in batch], device=device)
                 for label, cache in {**caches, **fakes}.items():
-                    logp = decoded(model, cache, question, answer[:, :-1])
+                    logp = decoded(model, cache, question, given_answer)[:, 1:]
                     if label in caches:
                         results[label]["bits"], results[label]["bits_whole"] = stored_bits(model, short + n)
                     table = results[label]["retrieval"].setdefault(task, {}).setdefault(length, {d: [0, 0] for d in DEPTHS})
