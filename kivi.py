@@ -26,7 +26,7 @@ may run before or after the attention. Deliberately absent: eviction, paging, ro
 """
 from dataclasses import dataclass
 from functools import reduce
-from math import lcm
+from math import lcm, prod
 
 import torch
 from torch import nn
@@ -36,7 +36,8 @@ from quantize import BITS, dequantize, group_codes, pack, unpack
 
 LAUNCH = {  # of the CUDA kernels, see `launches`; y: rows of packed codes, x: rows of q or p (of scores, in softmax), r: the sum
     "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
-    "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros and window; no loop
+    "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros, keys of the window; no loop
+    "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},  # its values
     "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
 }
 NEVER = -1e30  # the score of a token that is not there; finite, so that a block without any token gives no NaN
@@ -77,7 +78,7 @@ class KVConfig:
 
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
-        tokens = 1024 if max_len >= 8192 else 512 if max_len > 4096 else 1
+        tokens = next((t for t in (2048, 1024, 512) if max_len >= 8 * t), 256)
         return self.unit * max(1, tokens // self.unit)
 
     def blocks(self, max_len):
@@ -85,20 +86,20 @@ class KVConfig:
         return max(1, -(-((max_len - 1) // self.residual * self.residual) // self.block(max_len)))
 
     def capacity(self, max_len):
-        """Tokens a row of the buffers holds: max_len in whole units, and more than attention reads.
+        """Tokens that the buffers of one row hold: max_len in whole units."""
+        return -(-max_len // self.unit) * self.unit
 
-        Were a full cache read whole, the slice of its buffers would be contiguous; the compiled step has seen it otherwise
-        and would compile once more at that moment.
-        """
-        read = self.blocks(max_len) * self.block(max_len)
-        return max(-(-max_len // self.unit) * self.unit, read + (self.unit if self.blocks(max_len) > 2 else 0))
+    def tail(self, max_len):
+        """Tokens that the last block of the last row reads beyond its buffers; in every other row it reads into the next row."""
+        return max(0, self.blocks(max_len) * self.block(max_len) - self.capacity(max_len))
 
     def parts(self, batch, n_kv_heads, max_len, head_dim, dtype):
         """Bytes of one layer's cache by part, from shapes alone: codes, metadata, window, positions."""
-        rows, T = batch * n_kv_heads, self.capacity(max_len)
+        rows = batch * n_kv_heads
+        elements = (rows * self.capacity(max_len) + self.tail(max_len)) * head_dim
         return {
-            "codes": rows * T * head_dim * (self.k_bits + self.v_bits) // 8,
-            "metadata": rows * T * head_dim // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
+            "codes": elements * (self.k_bits + self.v_bits) // 8,
+            "metadata": elements // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
             "window": rows * (self.sink + self.residual + 1) * head_dim * 2 * dtype.itemsize,
             "positions": batch * 8 + self.blocks(max_len) * 4,
         }
@@ -205,6 +206,9 @@ class Cache(nn.Module):
     def nbytes(self):
         """Bytes of every buffer this cache owns."""
         return sum(b.nbytes for b in self.buffers())
+
+    def _apply(self, fn, recurse=True):
+        raise RuntimeError("a cache cannot be moved or cast: make one with the device and dtype it shall have")
 
     def reset(self):
         """Empties the cache and leaves no trace of the old contents."""
@@ -338,17 +342,33 @@ class KiviCache(Cache):
         self.config = c
         B, Hk, D, G, W, T = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len)
 
-        def buffer(name, *shape, dtype=dtype):
-            self.register_buffer(name, torch.zeros(B, Hk, *shape, dtype=dtype, device=device), persistent=False)
+        def buffer(name, *shape, dtype=dtype, tail=0):
+            whole = torch.zeros(B * Hk * prod(shape) + tail * D // G, dtype=dtype, device=device)
+            x = torch.empty(0, dtype=dtype, device=device)  # no view of `whole`: the compiled step could not write through one in place
+            x.set_(whole.untyped_storage(), 0, (B, Hk, *shape))
+            self.register_buffer(name, x, persistent=False)
+            if tail:
+                self.register_buffer(name + "_tail", whole[x.numel() :], persistent=False)
 
-        buffer("k_packed", T // G * k_bits // 8, G, D, dtype=torch.uint8)
-        buffer("k_scale", T // G, D)
-        buffer("k_zero", T // G, D)
-        buffer("v_packed", T // G * v_bits // 8, D, G, dtype=torch.uint8)
-        buffer("v_scale", T // G, D // G, G)  # tokens last, as in v_packed
-        buffer("v_zero", T // G, D // G, G)
+        meta, tail = self.meta_dtype(dtype, device), c.tail(max_len)
+        buffer("k_packed", T // G * k_bits // 8, G, D, dtype=torch.uint8, tail=tail * G * k_bits // 8)
+        buffer("k_scale", T // G, D, dtype=meta, tail=tail)
+        buffer("k_zero", T // G, D, dtype=meta, tail=tail)
+        buffer("v_packed", T // G * v_bits // 8, D, G, dtype=torch.uint8, tail=tail * G * v_bits // 8)
+        buffer("v_scale", T // G, D // G, G, dtype=meta, tail=tail)  # tokens last, as in v_packed
+        buffer("v_zero", T // G, D // G, G, dtype=meta, tail=tail)
         buffer("k_window", W, D)
         buffer("v_window", W, D)
+
+    @staticmethod
+    def meta_dtype(dtype, device):
+        """bfloat16 scales and zeros lie in float16 on CUDA: the same numbers there, up to float16's range, and the products
+        that read them are spared a quarter of their instructions, the conversion."""
+        return torch.float16 if dtype == torch.bfloat16 and torch.device(device).type == "cuda" else dtype
+
+    def meta(self, x):
+        """A scale or zero in the type it is stored in."""
+        return x.clamp(-65504, 65504).half() if self.k_scale.dtype == torch.float16 else x
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
@@ -382,7 +402,7 @@ class KiviCache(Cache):
     def fill(self, k, v, lengths):
         """`prefill` without its checks: k, v [B, Hk, L, D] and lengths [B] on the device."""
         c, (B, Hk, L, D) = self.config, k.shape
-        G, R, dtype = c.group_size, c.residual, self.k_scale.dtype
+        G, R, dtype = c.group_size, c.residual, self.k_window.dtype
         L = min(L, c.capacity(self.max_len))
         k, v = k[:, :, :L].to(dtype), v[:, :, :L].to(dtype)
 
@@ -408,7 +428,7 @@ class KiviCache(Cache):
             getattr(self, f"{name}_packed")[:, :, : packed.shape[2]] = packed
             for part, x in zip(("scale", "zero"), meta):
                 target = getattr(self, f"{name}_{part}")[:, :, : x.shape[2]]
-                target.copy_(torch.where(quantized, x, 0).view_as(target))
+                target.copy_(self.meta(torch.where(quantized, x, 0)).view_as(target))
 
         store("k", k_codes, k_meta, complete, c.k_bits)
         store("v", v_codes, v_meta, left, c.v_bits)
@@ -428,7 +448,7 @@ class KiviCache(Cache):
         old = self.v_packed[row, :, block, :, i]
         self.v_packed[row, :, block, :, i] = torch.where(leaves, put(old, codes, shift[:, None, None], c.v_bits), old)
         for buffer, x in ((self.v_scale, scale), (self.v_zero, zero)):
-            buffer[row, :, group, :, i] = torch.where(leaves, x, buffer[row, :, group, :, i])
+            buffer[row, :, group, :, i] = torch.where(leaves, self.meta(x), buffer[row, :, group, :, i])
 
     def due(self):
         """Does some row complete a block of R keys with its newest token? Asked after `advance`, answered by the host."""
@@ -450,7 +470,7 @@ class KiviCache(Cache):
             new = put(old, codes, shift[:, None, None, None], c.k_bits)
             self.k_packed[row, :, block] = torch.where(due[..., None], new, old)
             for buffer, x in ((self.k_scale, scale), (self.k_zero, zero)):
-                buffer[row, :, group] = torch.where(due, x.squeeze(2), buffer[row, :, group])
+                buffer[row, :, group] = torch.where(due, self.meta(x.squeeze(2)), buffer[row, :, group])
 
     @staticmethod
     def place(group, bits):
@@ -516,6 +536,17 @@ class KiviCache(Cache):
         out = (_over_blocks(weight * out) + window_weight * window) / total
         return out.view(B, H, 1, D).to(dtype)
 
+    @staticmethod
+    def first(x, nb, *n):
+        """The first nb blocks of n entries of every row of a buffer [B, Hk, T / .., ..], as [B, Hk, nb, *n, ..].
+
+        The last may reach past the row's end, into what attention masks: so a row holds whole units, not whole blocks.
+        (`narrow` would also be contiguous for a full cache only, and the compiled step would compile once more then.)
+        """
+        inner, (b, h, t) = x.shape[3:], x.stride()[:3]
+        steps = [t * prod(n[i:]) for i in range(len(n) + 1)]
+        return x.as_strided((*x.shape[:2], nb, *n, *inner), (b, h, *steps, *x.stride()[3:]))
+
     def split(self, x, planes):
         """x [.., C] in the order of tokens -> one tensor [.., C / planes] a plane."""
         return x.unflatten(-1, (-1, planes, self.config.group_size)).movedim(-2, 0).flatten(-2).unbind(0)
@@ -529,8 +560,8 @@ class KiviCache(Cache):
         c, C, half = self.config, self.block, rows[0].dtype == torch.float16
         G, P = c.group_size, 8 // c.k_bits
         U = C // (P * G)  # bytes' blocks in a block of attention
-        w = self.k_packed.narrow(2, 0, nb * U).unflatten(2, (nb, U))  # [B, Hk, nb, U, G, D]
-        s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)) for x in (self.k_scale, self.k_zero))  # [.., U, P, D]
+        w = self.first(self.k_packed, nb, U)  # [B, Hk, nb, U, G, D]
+        s, z = (self.first(x, nb, U, P) for x in (self.k_scale, self.k_zero))  # [B, Hk, nb, U, P, D]
         rows = [r[:, :, None] for r in rows]  # [B, Hk, 1, M, D]
         z = z.to(torch.float16 if half else torch.float32).flatten(3, 4)  # [B, Hk, nb, U * P, D]
         zero = _product(*((r.expand(-1, -1, nb, -1, -1), z, unit) for r in rows)).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
@@ -547,10 +578,9 @@ class KiviCache(Cache):
         c, C = self.config, self.block
         G, P = c.group_size, 8 // c.v_bits
         U = C // (P * G)
-        w = self.v_packed.narrow(2, 0, nb * U).unflatten(2, (nb, U)).unflatten(4, (-1, G))  # [B, Hk, nb, U, D / G, G, G]
+        w = self.first(self.v_packed, nb, U).unflatten(4, (-1, G))  # [B, Hk, nb, U, D / G, G, G]
         w = w.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]: channels of one group, tokens
-        s, z = (x.narrow(2, 0, nb * C // G).unflatten(2, (nb, U, P)).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
-                for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
+        s, z = (self.first(x, nb, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2) for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
         if half:
             p = [_stored(x.to(torch.float16)) for x in p]
         zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
@@ -594,6 +624,7 @@ def compiled_attention(kind, device):
     V.set_choices_handler(launches())  # what an earlier compilation of this process has chosen would stay in force
     options = {
         "triton.native_matmul": True,
+        "triton.enable_pdl": True,  # a kernel starts while the one before it ends: 5 of 42 us at B = 1
         "inductor_choices_class": launches,
         "max_fusion_size": 2048,
         "realize_opcount_threshold": 10**5,
@@ -619,12 +650,14 @@ def launches():
     from torch._inductor.virtualized import V
 
     def kind(features):
-        """Key of LAUNCH, or None. Any short reduction counts as a softmax, also those around attention (they are small)."""
+        """Key of LAUNCH, or None. The window has R + 1 slots, a sum of odd length. Any short reduction counts as a softmax, also those around attention (they are small)."""
+        n = str(features.reduction_numel)  # a number, or a symbol
         nodes = [getattr(n, "node", None) for n in features.scheduler_nodes()]
         if any(hasattr(n, "get_reduction_type") and n.get_reduction_type() == "dot" for n in nodes):
             reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
-            return "packed" if any(V.graph.get_dtype(r) == torch.uint8 for r in reads) else "plain"
-        n = str(features.reduction_numel)  # a number, or a symbol
+            if any(V.graph.get_dtype(r) == torch.uint8 for r in reads):
+                return "packed"
+            return "window" if n.isdigit() and int(n) % 32 else "plain"
         return "softmax" if features.is_reduction() and n.isdigit() and int(n) <= 512 else None
 
     class Launches(InductorChoices):
@@ -658,7 +691,7 @@ def launches():
             return 1 if reduction_numel <= 8192 else InductorChoices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return "kivi-1"  # part of the key of the compile caches: change it with the tile
+            return "kivi-2"  # part of the key of the compile caches: change it with the tile
 
     return Launches()
 

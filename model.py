@@ -306,6 +306,7 @@ class Transformer(nn.Module):
     def compile(self):
         """Compiles the decode step: one compilation serves every layer, so that its time does not grow with depth."""
         compiled = lambda fn: torch.compile(fn, fullgraph=True)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation for every pair of bits
         self.flush_block = compiled(_flush)
         if self.embed.weight.device.type != "cuda":
             self.decode_block = compiled(Block.decode)

@@ -878,16 +878,17 @@ def test_nbytes_is_the_formula(name, batch, max_len, dtype):
     o = dict(k_bits=2, v_bits=2, sink=0) | options
     cache = make_cache(name, batch, max_len, dtype)
     tokens = cache.config.capacity(max_len)
-    smallest_block = math.lcm(o["residual"], 4 * o["group_size"])  # whole flushes, whole bytes at 2 bits
-    assert max_len <= tokens < max_len + max(2 * smallest_block, max_len / 16)  # attention never reads the last unit
-    elements = batch * n_kv_heads * tokens * head_dim
+    assert max_len <= tokens < max_len + math.lcm(o["residual"], 4 * o["group_size"])  # whole flushes, whole bytes at 2 bits
+    tail = cache.config.tail(max_len)  # once, not once a row
+    assert tail < cache.block and (batch * tokens + tail) * n_kv_heads < 1.1 * batch * n_kv_heads * tokens
+    elements = (batch * n_kv_heads * tokens + tail) * head_dim
     want = sum(elements * (o[bits] / 8 + 2 * dtype.itemsize / o["group_size"]) for bits in ("k_bits", "v_bits"))
     want += 2 * batch * n_kv_heads * (o["sink"] + o["residual"] + 1) * head_dim * dtype.itemsize + 8 * batch
     if dtype == torch.bfloat16:  # bits + 32 / G an element, and the ring
         assert want - 8 * batch - 2 * batch * n_kv_heads * (o["sink"] + o["residual"] + 1) * head_dim * 2 == pytest.approx(
             elements * (o["k_bits"] + o["v_bits"] + 2 * 32 / o["group_size"]) / 8)
     assert cache.nbytes == pytest.approx(want, rel=0.01)
-    assert cache.nbytes == cache.config.bytes(batch, n_kv_heads, max_len, head_dim, dtype)
+    assert cache.nbytes == cache.config.bytes(batch, n_kv_heads, max_len, head_dim, dtype) == sum(b.nbytes for b in cache.buffers())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in owned_tensors(cache)}
     assert cache.nbytes == sum(storages.values()), "a buffer is missing from nbytes, or a view hides a larger one"
 
@@ -906,6 +907,27 @@ def owned_tensors(thing):
         elif isinstance(x, torch.nn.Module):
             stack += vars(x).values()
     return seen
+
+
+@pytest.mark.parametrize("max_len", (4300, 8400))
+def test_the_last_block_may_end_behind_the_buffers(max_len):
+    """A block reaches into the next row, and behind the last row into the tail: full rows of other contents change nothing, and no
+    row needs whole blocks. Guards against a forgotten tail (out of bounds) and a mask that lets the next row's tokens in."""
+    config = kivi.KVConfig(2, 2, 32, 128)
+    assert config.tail(max_len) > 0
+    q, k, v = (torch.randn(3, h, n, 32, generator=torch.Generator().manual_seed(h)) for h, n in ((4, 1), (2, max_len), (2, max_len)))
+    k[1], v[1] = 100 * k[1], 100 * v[1]
+    cache = KiviCache(3, 2, max_len, 32)
+    cache.prefill(k, v, [max_len - 1, max_len, max_len])
+    got = cache.attend(q)
+    for row, n in enumerate((max_len - 1, max_len, max_len)):
+        alone = KiviCache(1, 2, max_len, 32)
+        alone.prefill(k[row : row + 1, :, :n], v[row : row + 1, :, :n])
+        assert torch.equal(alone.attend(q[row : row + 1]), got[row : row + 1])
+        k_read, v_read = alone.dequantized()
+        assert rel(got[row, :, 0], dense_attention(q[row, :, 0], k_read[0], v_read[0])) < 1e-5
+    with pytest.raises(RuntimeError, match="cannot be moved"):
+        cache.to(torch.float64)
 
 
 def test_nbytes_never_grows():
@@ -1957,7 +1979,7 @@ def test_the_program_compiles_on_request(checkpoint):
 
 @cuda
 @pytest.mark.parametrize("name", CASES)
-def test_attend_on_cuda(name):
+def test_attend_on_cuda(name, fresh_compiler):
     """bfloat16 against float32 attention over dequantized(). Guards against GPU-only arithmetic: word width, reduced precision."""
     q, k, v = make_tokens(name, 4, 1000, torch.bfloat16)
     k = randn(*k.shape, seed=9, dtype=torch.bfloat16)
@@ -1970,6 +1992,7 @@ def test_attend_on_cuda(name):
         out = call(q)
         for b, n in enumerate((61, 190, 560, 1000)):
             assert rel(out[b, :, 0], dense_attention(q[b, :, 0], k_read[b, :, :n], v_read[b, :, :n])) <= 2e-3
+        assert all(torch.equal(call(q), out) for _ in range(100)), "kernels overlap that depend on each other"
 
 
 @cuda
