@@ -531,13 +531,13 @@ STUDY = {  # the paper's findings in small, then what was tried beyond the paper
     **{f"2 bits, G = {g}": Fake(group_size=g) for g in (64, 128)},
     **{f"K {k} V {v} bits": Fake(k, v) for k, v in ((2, 4), (4, 2), (4, 4))},
     "sink 4": Fake(sink=4), "sink 32": Fake(sink=32),
-    "V shrink 0.85": Fake(v_shrink=0.85), "shrink 0.85": Fake(k_shrink=0.85, v_shrink=0.85), "sink 32, V shrink 0.85": Fake(sink=32, v_shrink=0.85),
-    **{f"sink 32, shrink {s}": Fake(sink=32, k_shrink=s, v_shrink=s) for s in (0.95, 0.9, 0.85, 0.8)},
-    "sink 4, shrink 0.85": Fake(sink=4, k_shrink=0.85, v_shrink=0.85),
+    "V shrink 0.8": Fake(v_shrink=0.8), "shrink 0.8": Fake(k_shrink=0.8, v_shrink=0.8), "sink 32, V shrink 0.8": Fake(sink=32, v_shrink=0.8),
+    **{f"sink 32, shrink {s}": Fake(sink=32, k_shrink=s, v_shrink=s) for s in (0.95, 0.9, 0.85, 0.8, 0.75)},
+    "sink 4, shrink 0.8": Fake(sink=4, k_shrink=0.8, v_shrink=0.8),
     "V rotated": Fake(v_rotated=True),
     "K norm": Fake(k_norm=True), "K norm, K rotated": Fake(k_norm=True, k_rotated=True), "K rotated": Fake(k_rotated=True),
     "pre-RoPE K": Fake(pre_rope=True),
-    **{f"kivi2+, {name}": Fake(**{"sink": 32, "k_shrink": 0.85, "v_shrink": 0.85} | change) for name, change in {
+    **{f"kivi2+, {name}": Fake(**{"sink": 32, "k_shrink": 0.8, "v_shrink": 0.8} | change) for name, change in {
         "R = 32": {"residual": 32}, "G = 64": {"group_size": 64}, "4 bits K": {"k_bits": 4}, "V rotated": {"v_rotated": True},
         "K rotated": {"k_rotated": True}, "K norm, K rotated": {"k_norm": True, "k_rotated": True}, "pre-RoPE K": {"pre_rope": True}}.items()},
 }

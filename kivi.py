@@ -111,7 +111,7 @@ class KVConfig:
 
 PRESETS = {  # kivi2 is the paper's; kivi2+ adds what paid at (nearly) the same bytes, see README.md, "What 2 bits cost"
     "kivi2": KVConfig(2, 2),
-    "kivi2+": KVConfig(2, 2, sink=32, shrink=0.85),
+    "kivi2+": KVConfig(2, 2, sink=32, shrink=0.8),
     "kivi4": KVConfig(4, 4),
     "k4v2": KVConfig(4, 2),
 }

@@ -948,7 +948,7 @@ def test_two_bits_buy_what_the_table_says():
     assert (small.nbytes - ring) * 8 / (2 * 2 * 4096 * 128) == pytest.approx(3.0, rel=0.01)
     assert 4.5 < full.nbytes / small.nbytes < 5.0
     presets = {name: (c.k_bits, c.v_bits, c.group_size, c.residual, c.sink, c.shrink) for name, c in kivi.PRESETS.items()}
-    assert presets == {"kivi2": (2, 2, 32, 128, 0, 1), "kivi2+": (2, 2, 32, 128, 32, 0.85), "kivi4": (4, 4, 32, 128, 0, 1), "k4v2": (4, 2, 32, 128, 0, 1)}
+    assert presets == {"kivi2": (2, 2, 32, 128, 0, 1), "kivi2+": (2, 2, 32, 128, 32, 0.8), "kivi4": (4, 4, 32, 128, 0, 1), "k4v2": (4, 2, 32, 128, 0, 1)}
 
 
 # ---- mutations: each of these bugs must make a check above fail ----------------------------------------------------------------------
@@ -1542,7 +1542,7 @@ def gate(embedded):
 
 
 GATE = {  # recorded with torch 2.13: perplexity ratio, KL, loss of a pass key in nats (0.002 in full precision)
-    "kivi2": (0.9966, 0.02947, 0.0027), "kivi2+": (0.9983, 0.01393, 0.0022), "kivi4": (1.0011, 0.00099, 0.0023),
+    "kivi2": (0.9966, 0.02947, 0.0027), "kivi2+": (1.0011, 0.01504, 0.0022), "kivi4": (1.0011, 0.00099, 0.0023),
 }
 
 
@@ -1555,7 +1555,7 @@ def check_gate(gate, kv):
 
 @pytest.mark.parametrize("kv", GATE)
 def test_quality_through_the_cache_is_pinned(gate, kv):
-    """Guards against a quantizer that is worse than it should be, and against one that does nothing. kivi2+ halves the KL of kivi2."""
+    """Guards against a quantizer that is worse than it should be, and against one that does nothing. kivi2+ has half the KL of kivi2."""
     check_gate(gate, kv)
 
 
