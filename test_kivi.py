@@ -2303,8 +2303,8 @@ def test_memory_stays_flat_over_many_waves(tmp_path, capsys):
 def test_the_batch_benchmarks_run_as_a_user_calls_them(what, tmp_path):
     """Guards against a benchmark that rots: its tables, its JSON line and its file, on a tiny shape."""
     file = tmp_path / "result.json"
-    run = subprocess.run([sys.executable, "bench.py", what, "--models", "tiny", "--loads", "161/20", "--budget-gb", "0.004", "--lengths", "512", "--device", "cpu",
-                          "--json", str(file), *(["--curve", "--verify"] if what == "throughput" else [])], cwd=HERE, capture_output=True, text=True,
+    run = subprocess.run([sys.executable, "bench.py", what, "--models", "tiny", "--loads", "161/20", "--budget-gb", "0.004", "--device", "cpu",
+                          "--json", str(file), *(["--curve", "--verify"] if what == "throughput" else ["--lengths", "512"])], cwd=HERE, capture_output=True, text=True,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
