@@ -2344,6 +2344,18 @@ def test_attend_on_cuda(name, fresh_compiler):
 
 
 @cuda
+def test_attend_in_a_sliding_window_on_cuda(fresh_compiler):
+    """The compiled kernels mask what left the window. Guards against a mask that only the eager path applies."""
+    q, k, v = (torch.randn(2, h, n, 64, generator=torch.Generator().manual_seed(h)).bfloat16().cuda() for h, n in ((8, 1), (2, 900), (2, 900)))
+    cache = KiviCache(2, 2, 1024, 64, sliding=300, dtype=torch.bfloat16, device="cuda")
+    cache.prefill(k, v, [900, 350])
+    k_read, v_read = cache.dequantized()
+    want = torch.stack([dense_attention(q[b, :, 0], k_read[b, :, n - 300 : n], v_read[b, :, n - 300 : n]) for b, n in enumerate((900, 350))])
+    for out in (cache.attend(q), kivi.compiled_attention(KiviCache, "cuda")(cache, q, cache.pos - 1, cache.blocks(900))):
+        assert rel(out[:, :, 0], want) <= 2e-3
+
+
+@cuda
 @pytest.mark.parametrize("options", (dict(kv="bf16"), SMALL, dict(kv="kivi4")), ids=("bf16", "kivi2", "kivi4"))
 def test_compiled_decoding_on_cuda_equals_eager(checkpoint, options, fresh_compiler):
     """256 greedy tokens, float32, compiled and in CUDA graphs. Guards against a graph that replays an old position or pointer."""
