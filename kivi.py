@@ -335,6 +335,9 @@ class FullCache(Cache):
     def due(self):
         return False
 
+    def flush(self, pos):
+        """Nothing: full precision has no blocks to complete."""
+
     def attention(self, q, pos, blocks):
         """q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] -> [B, H, 1, D]."""
         n = blocks.shape[0] * self.block
