@@ -584,7 +584,7 @@ def parser():
     g.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default on cuda)")
     g = p.add_argument_group("cache")
-    g.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    g.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi2+, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
     g.add_argument("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
     g.add_argument("--residual", type=int, help="R, recent tokens in full precision (default 128)")
     g.add_argument("--sink", type=int, help="S, first tokens in full precision (default 0)")

@@ -121,7 +121,8 @@ def test_percent_of_the_roofline_on_known_devices_only(monkeypatch):
         assert ("% of" in generate.told(result | more)) == (share is not None)
 
 
-def test_compilation_is_not_decoding(monkeypatch):
+@pytest.mark.parametrize("kv", ("kivi2", "bf16"))
+def test_compilation_is_not_decoding(kv, monkeypatch):
     """Guards against tokens/s that count the compilation, and a step that is counted without its time."""
     slow = []
 
@@ -132,7 +133,7 @@ def test_compilation_is_not_decoding(monkeypatch):
 
     as_compiled(monkeypatch, first_is_slow)
     begin = time.perf_counter()
-    code, out, err = run("--compile", "--temperature", 0, "--max-new-tokens", 21, "--json")
+    code, out, err = run("--compile", "--temperature", 0, "--max-new-tokens", 21, "--json", "--kv", kv)
     took = time.perf_counter() - begin
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and 1.5 < result["compile_s"] < took - result["decode_s"] and f"after compiling for {result['compile_s']:.1f} s" in err
