@@ -236,9 +236,8 @@ class Decoder:
             token, pos = self.token.clone(), self.model.cache.pos.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles; a repeated step or flush writes the same bytes to the same places
+            with torch.cuda.stream(stream):  # compiles; a repeated step writes the same bytes to the same places
                 self._step(blocks)
-                self.model.flush()  # else its compilation would halt the text at the first flush
             torch.cuda.current_stream().wait_stream(stream)
             self.token.copy_(token), self.model.cache.pos.copy_(pos)
             graph = torch.cuda.CUDAGraph()
