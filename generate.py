@@ -91,8 +91,8 @@ def resolve(checkpoint=None, revision=None):
         raise ValueError(f"cannot download {repo}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
-def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
-    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted."""
+def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weights=None):
+    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted. weights: see `Transformer.from_pretrained`."""
     folder = resolve(checkpoint, revision)
     ModelConfig.from_folder(folder)  # what is wrong with it should be known first, and the weights take longest
     file = folder / "tokenizer.json"
@@ -105,7 +105,7 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file} is no valid tokenizer: {error}") from None
     _begin(tokenizer, folder)
-    return Transformer.from_pretrained(folder, device, dtype), tokenizer
+    return Transformer.from_pretrained(folder, device, dtype, weights), tokenizer
 
 
 def _begin(tokenizer, folder):
@@ -531,6 +531,7 @@ def parser():
     p.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
     p.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     p.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    p.add_argument("--weights", help="quantize the linear weights while loading: int8, int4 (groups of 64) or int4:G with G = 32, 64 or 128")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='text to continue (default "Once upon a time")')
     source.add_argument("--prompt-file", help="file with the text to continue")
@@ -570,7 +571,7 @@ def run(args):
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
-    model, tokenizer = load(folder, device, dtype)
+    model, tokenizer = load(folder, device, dtype, weights=args.weights)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if args.prompts:
