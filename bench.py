@@ -12,6 +12,7 @@ stdout is one JSON object; --json FILE writes it.
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import platform
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
 from model import Block, ModelConfig, Transformer
+from quantize import CHUNK, QuantizedLinear, quantize_weight, weight_format
 
 SHAPES = {  # name -> B, H, Hk, T, D
     "mha": (16, 32, 32, 8192, 128),
@@ -208,33 +210,47 @@ class ExactFullCache(FullCache):
         return F.scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
 
 
-def random_model(config, device):
+def random_model(config, device, weights=None):
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(dataclasses.replace(config, weights=weight_format(weights) if weights else None))
     model.to(torch.bfloat16).to_empty(device=device)
     for p in model.parameters():
         p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            N, K = len(layer.packed), layer.packed.shape[1] * 32 // layer.bits
+            for rows in torch.arange(N).split(CHUNK // K):  # a small part at a time: what is quantized is all that stays
+                part = quantize_weight(torch.randn(len(rows), K, device=device, dtype=torch.bfloat16) * 0.02, layer.bits, K // layer.scale.shape[1])
+                for view, x in zip((layer.packed, layer.scale, layer.zero), part):
+                    view[rows[0] : rows[-1] + 1] = x
     freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     model.register_buffer("freq", freq, persistent=False)
     return model.eval().requires_grad_(False)
 
 
+def weight_bytes(model):
+    """Bytes of weights that a decode step reads: all but the embedding."""
+    tensors = [*model.named_parameters(), *((n, x) for n, x in model.named_buffers() if ".cache." not in n)]
+    return sum(x.nbytes for n, x in tensors if not n.startswith("embed"))
+
+
 def decode(args, device):
     bandwidth, results = copy_bandwidth(device), []
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    for name in args.models or MODELS:
+    for name, form in itertools.product(args.models or MODELS, args.weights):
         config, B, T = MODELS[name]
         B, T = args.batch or B, args.tokens or T
         if args.layers:
             config.n_layers = args.layers
-        model = random_model(config, device)
-        weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("embed"))
+        clear(device)
+        model = random_model(config, device, None if form == "bf16" else form)
+        weights = weight_bytes(model)
         k, v = random_kv(B, config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
         for kv in args.caches or ["bf16", "kivi2", "kivi4"]:
             torch.compiler.reset()
             for layer in model.layers:
                 layer.cache = None
-            torch.cuda.empty_cache()
+            clear(device)
             capacity = args.capacity or T + 256
             model.setup_caches(B, capacity, kv)
             if kv == "bf16":
@@ -265,18 +281,18 @@ def decode(args, device):
             ms = statistics.median(times)
             kv_bytes = sum(layer.cache.nbytes for layer in model.layers) if capacity <= T + 256 else None
             floor = (weights + (kv_bytes or 0)) / bandwidth * 1e3
-            results.append({"model": name, "batch": B, "tokens": T, "capacity": capacity, "kv": kv, "ms": ms, "tokens_per_s": B / ms * 1e3,
+            results.append({"model": name, "batch": B, "tokens": T, "capacity": capacity, "form": form, "kv": kv, "ms": ms, "tokens_per_s": B / ms * 1e3,
                             "weights": weights, "kv_bytes": kv_bytes, "floor_ms": floor, "first_step_s": cold,
                             "peak_GB": torch.cuda.max_memory_allocated() / 1e9})
-            say(f"  {name} B={B} T={T} {kv}: {ms:.2f} ms, {B / ms * 1e3:.0f} tokens/s, {100 * floor / ms:.0f} % of its roofline, first step {cold:.0f} s")
+            say(f"  {name} B={B} T={T} weights {form} {kv}: {ms:.2f} ms, {B / ms * 1e3:.0f} tokens/s, {100 * floor / ms:.0f} % of its roofline, first step {cold:.0f} s")
         del model, k, v, layer, decoder, graph
         torch.cuda.empty_cache()
-    print("\n| model | B | T | cache | ms | tokens/s | of its roofline | against bf16 | first step, s |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| model | B | T | weights | cache | ms | tokens/s | of its roofline | against bf16 | peak, GB | first step, s |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for r in results:
-        base = [x["ms"] for x in results if x["kv"] == "bf16" and x["model"] == r["model"]]
+        base = [x["ms"] for x in results if x["kv"] == x["form"] == "bf16" and x["model"] == r["model"]]
         r["ratio"] = base[0] / r["ms"] if base else None
-        print(f"| {r['model']} | {r['batch']} | {r['tokens']} | {r['kv']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {100 * r['floor_ms'] / r['ms']:.0f} % "
-              f"| {r['ratio'] and round(r['ratio'], 2)} | {r['first_step_s']:.0f} |")
+        print(f"| {r['model']} | {r['batch']} | {r['tokens']} | {r['form']} | {r['kv']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {100 * r['floor_ms'] / r['ms']:.0f} % "
+              f"| {r['ratio'] and round(r['ratio'], 2)} | {r['peak_GB']:.1f} | {r['first_step_s']:.0f} |")
     return {"copy_GB/s": bandwidth / 1e9, "rows": results}
 
 
@@ -631,13 +647,16 @@ def memory(args, device):
 @torch.no_grad()
 def quality(args, device):
     """Perplexity of a text, teacher-forced through the cache after a full-precision prefill: what decoding really reads."""
-    model, tokenizer = generate.load(args.checkpoint, device, torch.float32)
+    full, tokenizer = generate.load(args.checkpoint, device, torch.float32)
     text = Path(args.text or generate.EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer.encode(text).ids[: args.tokens or 2048], device=device)[None]
     n = min(args.prefill or 256, ids.shape[1] // 2)
     results, base = [], None
-    for kv, options in (("bf16", {}), ("kivi4", {}), ("k4v2", {}), ("kivi2", {}), ("kivi2", {"residual": 32})):
+    caches = (("bf16", {}), ("kivi4", {}), ("k4v2", {}), ("kivi2", {}), ("kivi2", {"residual": 32}))
+    for form, (kv, options) in itertools.product(args.weights, caches if not args.caches else [(kv, {}) for kv in args.caches]):
         start = time.perf_counter()
+        if kv == (args.caches or ["bf16"])[0]:
+            model = full if form == "bf16" else generate.load(args.checkpoint, device, torch.float32, weights=form)[0]
         model.setup_caches(1, ids.shape[1], kv, **options)
         logits = [model.prefill(ids[:, :n])]
         for t in range(n, ids.shape[1] - 1):
@@ -649,15 +668,15 @@ def quality(args, device):
         base = logp if base is None else base
         nll = -logp.gather(1, ids[0, n:, None]).mean().item()
         kl = (base.exp() * (base - logp)).sum(-1)
-        row = {"kv": kv, **options, "tokens": len(logp), "prefill": n, "perplexity": math.exp(nll), "kl": kl.mean().item(),
+        row = {"weights": form, "kv": kv, **options, "tokens": len(logp), "prefill": n, "perplexity": math.exp(nll), "kl": kl.mean().item(),
                "kl_p99": kl.quantile(0.99).item(), "top1": (logp.argmax(-1) == base.argmax(-1)).float().mean().item(),
                "bytes": sum(layer.cache.nbytes for layer in model.layers)}
         results.append(row)
-        say(f"  {kv} {options or ''}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f} ({time.perf_counter() - start:.0f} s)")
-    print("\n| cache | perplexity | mean KL | 99th percentile KL | top-1 agreement | bytes |\n|---|---|---|---|---|---|")
+        say(f"  {form} {kv} {options or ''}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f} ({time.perf_counter() - start:.0f} s)")
+    print("\n| weights | cache | perplexity | mean KL | 99th percentile KL | top-1 agreement | bytes |\n|---|---|---|---|---|---|---|")
     for r in results:
         label = r["kv"] + (f", R = {r['residual']}" if "residual" in r else "")
-        print(f"| {label} | {r['perplexity']:.3f} | {r['kl']:.4f} | {r['kl_p99']:.3f} | {r['top1']:.3f} | {r['bytes']} |")
+        print(f"| {r['weights']} | {label} | {r['perplexity']:.3f} | {r['kl']:.4f} | {r['kl_p99']:.3f} | {r['top1']:.3f} | {r['bytes']} |")
     return {"rows": results}
 
 
@@ -666,6 +685,7 @@ def main(argv=None):
     p.add_argument("what", choices=("attention", "decode", "throughput", "memory", "quality"))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, help="attention: which shapes")
     p.add_argument("--caches", nargs="+", help=f"which caches (throughput, memory: {', '.join(REQUESTS)})")
+    p.add_argument("--weights", nargs="+", default=["bf16"], help="decode, quality: bf16, int8, int4 or int4:G; the first is the baseline")
     p.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"], help="decode, throughput, memory: which models")
     p.add_argument("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="throughput, memory: prompt/output tokens")
     p.add_argument("--budget-gb", type=float, default=80.0, help="throughput, memory: 1e9 bytes that a run may take, enforced on CUDA")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, launches, slices
-from quantize import CHUNK, QuantizedLinear, quantize_weight, weight_format
+from quantize import CHUNK, DOTS, QuantizedLinear, quantize_weight, weight_format
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
     "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
@@ -601,12 +601,14 @@ def compiled_weights(fn):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {"triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits}
-    compiled, choices = torch.compile(fn, fullgraph=True, dynamic=False, options=options), weight_launches()
+    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits}
+    few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
+    choices = weight_launches()
 
     def call(*args):
+        rows = next(len(x) for x in args if torch.is_tensor(x))
         with V.set_choices_handler(choices):  # attention, compiled in between, has its own
-            return compiled(*args)
+            return (few if rows <= DOTS else many)(*args)
 
     return call
 

@@ -115,12 +115,13 @@ def _check_bits(bits):
 # ---- weights ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
-DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`: beyond, the library's products pay for writing the weights out
+CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
+DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
 
 def weight_format(text):
-    """(bits, group size) of "int8" (a group is a whole row), "int4" (groups of 64) or "int4:G" (G = 32, 64 or 128)."""
-    formats = {"int8": (8, None), "int4": (4, 64), **{f"int4:{G}": (4, G) for G in (32, 64, 128)}}
+    """(bits, group size) of "int8" (a group is a whole row), "int4" (groups of 32) or "int4:G" (G = 32, 64 or 128)."""
+    formats = {"int8": (8, None), "int4": (4, 32), **{f"int4:{G}": (4, G) for G in (32, 64, 128)}}
     if text not in formats:
         raise ValueError(f"weights must be one of {', '.join(formats)}, got {text!r}")
     return formats[text]
@@ -129,17 +130,29 @@ def weight_format(text):
 def _check_group(K, bits, group_size):
     G = group_size or K
     if K % G or G * bits % 32:
-        raise ValueError(f"int{bits} weights in groups of {G} do not fit {K} inputs: use int4:32, int8 or full precision")
+        raise ValueError(f"int{bits} weights in groups of {G} do not fit {K} inputs: use int8 or full precision")
     return G
 
 
 def quantize_weight(w, bits, group_size=None):
-    """The three tensors of a QuantizedLinear from w [N, K]. group_size None: a row is one group. raises ValueError as `quantize`."""
+    """The three tensors of a QuantizedLinear from w [N, K]. group_size None: a row is one group. raises ValueError as `quantize`.
+
+    4 bits: each group is clipped by one of CLIPS at both ends where that makes its squared error least.
+    """
     N, K = w.shape
     G, out = _check_group(K, bits, group_size), []
-    for part in w.split(max(1, CHUNK // K)):
-        codes, scale, zero = quantize(part, bits, G)
-        fields = codes.view(len(part), K // G, 32 // bits, -1).int()
+    for x in w.split(max(1, CHUNK // K)):
+        groups, best = x.unflatten(-1, (-1, G)), None
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        for clip in CLIPS if bits == 4 else (0,):
+            cut = (high - low) * clip
+            new = quantize(groups.clamp(low + cut, high - cut).flatten(-2), bits, G)
+            error = (dequantize(*new) - x).float().square().unflatten(-1, (-1, G)).sum(-1)
+            new = new[0].unflatten(-1, (-1, G)), *new[1:], error
+            better = None if best is None else error < best[3]
+            best = new if best is None else [torch.where(better.view(*better.shape, *[1] * (a.dim() - 2)), a, b) for a, b in zip(new, best)]
+        codes, scale, zero, _ = best
+        fields = codes.unflatten(-1, (32 // bits, -1)).int()
         out.append((sum(fields[:, :, i] << i * bits for i in range(32 // bits)).flatten(1), scale, zero))
     return tuple(torch.cat(parts) for parts in zip(*out))
 
@@ -153,8 +166,8 @@ class QuantizedLinear(nn.Module):
     raises       ValueError: groups that do not divide K or do not fill whole words
 
     Compiled, one row is one sum over the packed words, in float32, and up to DOTS rows on CUDA are products on the tensor cores
-    (Inductor's native_matmul, see Transformer.compile): neither writes a weight out. Otherwise CHUNK weights at a time are
-    written out in the type of x for the library's product.
+    (Inductor's native_matmul, see `compiled_weights` in model.py): neither writes a weight out. Otherwise weights are written
+    out for the library's product, uncompiled CHUNK of them at a time.
     """
 
     def __init__(self, inputs, outputs, bits, group_size=None, bias=False):
@@ -193,7 +206,8 @@ class QuantizedLinear(nn.Module):
         """The product for x [1, K]: per word, s * sum(codes * x) + z * sum(x)."""
         x = x.float().view(self.scale.shape[1], 32 // self.bits, -1)  # [K / G, fields, W]
         product = sum(codes * x[:, i] for i, codes in enumerate(self._fields()))
-        y = product * self.scale.float()[..., None] + x.sum(1) * self.zero.float()[..., None]
+        total = sum(x.unbind(1))  # unlike a sum over a dimension no kernel of its own
+        y = product * self.scale.float()[..., None] + total * self.zero.float()[..., None]
         return y.flatten(1).sum(-1)[None].to(self.scale.dtype)
 
     def _dots(self, x):
@@ -201,13 +215,14 @@ class QuantizedLinear(nn.Module):
         scale, zero = self.scale.float()[..., None], self.zero.float()[..., None]
         fields = x.view(len(x), self.scale.shape[1], 32 // self.bits, -1)
         weights = [(codes * scale + zero).to(x.dtype).flatten(1) for codes in self._fields()]
-        return sum((w @ fields[:, :, i].flatten(1).mT).float() for i, w in enumerate(weights)).to(x.dtype).mT
+        y = sum((w @ fields[:, :, i].flatten(1).mT).float() for i, w in enumerate(weights)).to(x.dtype)
+        return y.as_strided(y.shape, y.stride()).mT  # stored by the kernel of the products, or they would be added up outside it
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Write a checkpoint with quantized linear weights; the embedding stays, an untied head becomes int8.")
     p.add_argument("--checkpoint", required=True, help="folder in the Hugging Face layout, with safetensors")
-    p.add_argument("--weights", default="int4", help="int8, int4 (groups of 64) or int4:G with G = 32, 64 or 128 (default int4)")
+    p.add_argument("--weights", default="int4", help="int8, int4 (groups of 32) or int4:G with G = 32, 64 or 128 (default int4)")
     p.add_argument("--out", required=True, help="folder to write, new or empty")
     args = p.parse_args(argv)
     try:
