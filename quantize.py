@@ -141,7 +141,7 @@ def quantize_weight(w, bits, group_size=None):
     """
     N, K = w.shape
     G, out = _check_group(K, bits, group_size), []
-    for x in w.split(max(1, CHUNK // K)):
+    for x in w.split(max(1, CHUNK // 8 // K)):
         groups, best = x.unflatten(-1, (-1, G)), None
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         for clip in CLIPS if bits == 4 else (0,):
