@@ -15,6 +15,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
-from model import Block, ModelConfig, Transformer
+from model import Block, ModelConfig, Transformer, shard
 from quantize import CHUNK, QuantizedLinear, quantize_weight, weight_format
 
 SHAPES = {  # name -> B, H, Hk, T, D
@@ -52,6 +53,7 @@ MODELS = {
     "llama-2-7b": (ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 1 << 17), 16, 8192),
     "llama-3.1-8b": (ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 1 << 17, rope_theta=500000.0), 32, 16384),
 }
+LARGE = {"llama-3.1-70b": (ModelConfig(128256, 8192, 80, 64, 8, 128, 28672, 1 << 17, rope_theta=500000.0), 16, 8192)}  # decode, with --layers
 TINY = ModelConfig(512, 64, 2, 4, 2, 32, 128, 1 << 17)  # runs anywhere, in tests
 REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {})}  # many at once
 
@@ -211,8 +213,11 @@ class ExactFullCache(FullCache):
 
 
 def random_model(config, device, weights=None):
+    config = dataclasses.replace(config, weights=weight_format(weights) if weights else None)
+    if generate.processes() > 1:
+        config = shard(config, torch.distributed.get_rank(), generate.processes())
     with torch.device("meta"):
-        model = Transformer(dataclasses.replace(config, weights=weight_format(weights) if weights else None))
+        model = Transformer(config)
     model.to(torch.bfloat16).to_empty(device=device)
     for p in model.parameters():
         p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1)
@@ -238,14 +243,14 @@ def decode(args, device):
     bandwidth, results = copy_bandwidth(device), []
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     for name, form in itertools.product(args.models or MODELS, args.weights):
-        config, B, T = MODELS[name]
+        config, B, T = {**MODELS, **LARGE}[name]
         B, T = args.batch or B, args.tokens or T
         if args.layers:
             config.n_layers = args.layers
         clear(device)
         model = random_model(config, device, None if form == "bf16" else form)
         weights = weight_bytes(model)
-        k, v = random_kv(B, config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
+        k, v = random_kv(B, model.config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
         for kv in args.caches or ["bf16", "kivi2", "kivi4"]:
             torch.compiler.reset()
             for layer in model.layers:
@@ -686,7 +691,7 @@ def main(argv=None):
     p.add_argument("--shapes", nargs="+", choices=SHAPES, help="attention: which shapes")
     p.add_argument("--caches", nargs="+", help=f"which caches (throughput, memory: {', '.join(REQUESTS)})")
     p.add_argument("--weights", nargs="+", default=["bf16"], help="decode, quality: bf16, int8, int4 or int4:G; the first is the baseline")
-    p.add_argument("--models", nargs="+", choices=[*MODELS, "tiny"], help="decode, throughput, memory: which models")
+    p.add_argument("--models", nargs="+", choices=[*MODELS, *LARGE, "tiny"], help="decode, throughput, memory: which models")
     p.add_argument("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="throughput, memory: prompt/output tokens")
     p.add_argument("--budget-gb", type=float, default=80.0, help="throughput, memory: 1e9 bytes that a run may take, enforced on CUDA")
     p.add_argument("--batches", nargs="+", type=int, help="throughput: these instead of the largest")
@@ -705,12 +710,16 @@ def main(argv=None):
     p.add_argument("--json", help="write the result to this file")
     args = p.parse_args(argv)
     device = torch.device(args.device)
+    if generate.processes() > 1:
+        device = generate.join(device, args)
     torch.manual_seed(0)
     with torch.no_grad():
         result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
-    if args.json:
+    result |= {"processes": generate.processes()} if generate.processes() > 1 else {}
+    if args.json and int(os.environ.get("RANK", 0)) == 0:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    generate.leave()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -212,7 +212,8 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(stream)
             self.token.copy_(token), self.model.cache.pos.copy_(pos)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # NCCL's own thread asks for events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local" if processes() > 1 else "global"):
                 self._step(blocks)
             self.pool = graph.pool()
             self.graphs[key] = graph
@@ -362,6 +363,10 @@ def reserve(model, batch, most, prompt, capacity, args, options):
     free = free_bytes(model.embed.weight.device)
     if free is not None:  # the weights are loaded already, and caches of a run before this one will be replaced
         free += need(1, capacity)["weights"] + (0 if model.cache is None else sum(layer.cache.nbytes for layer in model.layers))
+    if processes() > 1 and free is not None:  # all must choose the same batch
+        least = torch.tensor(float(free), device=model.embed.weight.device, dtype=torch.float64)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        free = int(least)
     if args.memory_gb is not None:
         free = min(free or float("inf"), args.memory_gb * 2**30)
     fits = lambda B, n, share=1.0: free is None or sum(need(B, n).values()) <= share * free
@@ -472,8 +477,8 @@ def waves(model, queue, batch, capacity, args, options, results, total):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        if batch == 1:
-            raise ValueError(f"out of memory with a batch of 1 and {capacity} tokens a row: shorten the prompts or --max-new-tokens") from None
+        if batch == 1 or processes() > 1:  # the others would wait for this one
+            raise ValueError(f"out of memory with a batch of {batch} and {capacity} tokens a row: shorten the prompts or --max-new-tokens") from None
         error.__traceback__ = None  # its frames hold the tensors of the step that failed
     for layer in model.layers:
         layer.cache = None
@@ -520,10 +525,14 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        line = " ".join([f"error: process {rank}:" if rank else "error:", *str(error).split()])
+        (sys.__stderr__ if rank else sys.stderr).write(line + "\n")  # at once: several processes may write
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # what was generated so far has been printed
+    finally:
+        leave()
 
 
 def parser():
@@ -564,6 +573,8 @@ def run(args):
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
     try:
         device = torch.device(args.device)
+        if processes() > 1:
+            device = join(device, args)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -595,6 +606,33 @@ def run(args):
             del messages[:2]
             ids = encode(tokenizer, messages, render)
         messages.append({"role": "assistant", "content": answer(model, tokenizer, ids, args, "" if args.chat else prompt)})
+
+
+def processes():
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device, args):
+    """Joins the processes of torchrun, which share the model's heads; returns this one's device. Only the first prints."""
+    if getattr(args, "interactive", False):
+        raise ValueError(f"--interactive reads from one process, torchrun started {processes()}")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=5))  # a process that dies must not leave the others waiting
+    if torch.distributed.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return device
+
+
+def leave():
+    if processes() > 1:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def batch_size(text):

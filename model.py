@@ -9,7 +9,7 @@ compiled.
 """
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, floor, log, pi
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
@@ -62,6 +63,8 @@ class ModelConfig:
     windows: tuple = ()  # of attention, layer by layer, in tokens; None reads everything
     names: str = "llama"  # key of NAMES
     eos: tuple = ()
+    ranks: tuple = (0, 1)  # this process and how many share the heads and the hidden channels, see `shard`
+    whole: tuple = ()  # heads, KV heads and hidden channels of all processes together
     weights: tuple = None  # (bits, group size) of the layers' linear weights, None for full precision
 
     @classmethod
@@ -248,6 +251,18 @@ def causal(q, k, v, window=None, chunk=512):
     return torch.cat(out, 2)
 
 
+def shard(c, rank, n):
+    """The config of one of n processes: its share of the heads, KV heads and hidden channels. KV heads fewer than processes are kept by several."""
+    if n == 1:
+        return c
+    if c.n_heads % n or c.hidden_dim % n or c.n_kv_heads % n and (n % c.n_kv_heads or c.names.startswith("falcon")):
+        raise ValueError(f"{c.n_heads} heads, {c.n_kv_heads} KV heads and {c.hidden_dim} hidden channels cannot be divided among {n} processes")
+    if c.weights:
+        raise ValueError(f"quantized weights run in one process, not in {n}: leave out torchrun or --weights")
+    return replace(c, n_heads=c.n_heads // n, n_kv_heads=max(1, c.n_kv_heads // n), hidden_dim=c.hidden_dim // n, ranks=(rank, n),
+                   whole=(c.n_heads, c.n_kv_heads, c.hidden_dim))
+
+
 def linear(c, inputs, outputs, bias):
     """A linear layer in the precision of the config."""
     return nn.Linear(inputs, outputs, bias=bias) if c.weights is None else QuantizedLinear(inputs, outputs, *c.weights, bias)
@@ -328,9 +343,13 @@ class Block(nn.Module):
     def after(self, x, y):
         """What follows attention: x [B, T, dim], y [B, H, T, D] -> [B, T, dim]."""
         if self.parallel:
-            return x + self.attention.out(y) + self.mlp(self.mlp_norm(x))
-        x = x + self.attention.out(y)
-        return x + self.mlp(self.mlp_norm(x))
+            return x + self.reduce(self.attention.out(y) + self.mlp(self.mlp_norm(x)))
+        x = x + self.reduce(self.attention.out(y))
+        return x + self.reduce(self.mlp(self.mlp_norm(x)))
+
+    def reduce(self, x):
+        """The sum over the processes that share a layer."""
+        return x if self.attention.c.ranks[1] == 1 else all_reduce(x, "sum", "0")  # the group of all processes
 
 
 class Transformer(nn.Module):
@@ -357,6 +376,8 @@ class Transformer(nn.Module):
         if weights and config.weights:
             raise ValueError(f"{folder} holds quantized weights already: leave out --weights {weights}")
         config.weights = weight_format(weights) if weights else config.weights
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            config = shard(config, torch.distributed.get_rank(), torch.distributed.get_world_size())
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -682,10 +703,12 @@ NAMES = {  # outside the layers, prefix of a layer, inside it
 
 def _targets(model):
     """Where each tensor of a checkpoint goes: Hugging Face name -> views of a parameter, in the order of the tensor's rows."""
-    params, c, targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}, model.config, {}
+    params, c, targets, shares = {**dict(model.named_parameters()), **dict(model.named_buffers())}, model.config, {}, {}
     splits = {"attention.wqkv": model.layers[0].attention.sizes, "mlp.w_in": (c.hidden_dim, c.hidden_dim)}
 
     def add(hf, name, part, split):
+        if c.ranks[1] > 1:
+            shares[f"{hf}.weight"] = shares[f"{hf}.bias"] = _share(c, name.split(".", 2)[-1], part)
         for kind in ("weight", "bias", "packed", "scale", "zero"):
             if f"{name}.{kind}" in params:
                 p = params[f"{name}.{kind}"].data
@@ -701,7 +724,22 @@ def _targets(model):
     for i in range(c.n_layers):
         for hf, (name, part) in inside.items():
             add(f"{prefix}.{i}.{hf}", f"layers.{i}.{name}", part, splits.get(name))
-    return targets
+    return targets, shares
+
+
+def _share(c, name, part):
+    """Where the rows of this process lie in a tensor of the checkpoint, one first row for every view that `add` fills; "columns" where
+    its columns do; None for a tensor that every process holds."""
+    (rank, n), (H, Hk, hidden), D = c.ranks, c.whole, c.head_dim
+    if name in ("attention.wo", "mlp.w_out"):
+        return "columns"
+    if name not in ("attention.wqkv", "mlp.w_in"):
+        return None
+    if part == "groups":
+        return [rank * c.n_kv_heads * (H // Hk + 2) * D]
+    sizes, first = ((H * D, Hk * D, Hk * D), [rank * c.n_heads * D, *[rank * Hk // n * D] * 2]) if name == "attention.wqkv" else (
+        (hidden,) * (1 + c.gated), [rank * c.hidden_dim] * (1 + c.gated))
+    return [first[part]] if isinstance(part, int) else [sum(sizes[:i]) + x for i, x in enumerate(first)]
 
 
 def _weight_files(folder):
@@ -717,7 +755,7 @@ def _weight_files(folder):
 
 def _load(model, folder):
     """Copies every tensor of the checkpoint into the model, one at a time; reports all missing and unexpected names at once."""
-    targets, device = _targets(model), str(model.embed.weight.device)
+    (targets, shares), device = _targets(model), str(model.embed.weight.device)
     missing, unexpected = set(targets), []
     for file in _weight_files(folder):
         if not file.exists():
@@ -736,7 +774,7 @@ def _load(model, folder):
                         unexpected.append(name)
                     continue
                 with safe_open(file, framework="pt", device=device) as tensors:  # anew: what is mapped counts as our memory
-                    tensor = tensors.get_tensor(name)
+                    tensor = _slice(tensors.get_slice(name), views, shares[name], model.config.ranks) if shares.get(name) else tensors.get_tensor(name)
                 bits, group_size = (32, None) if not small else (8, None) if layer == "lm_head." else model.config.weights
                 shape = (sum(map(len, views)), *(n * 32 // bits for n in views[0].shape[1:]))
                 if tensor.shape != shape or tensor.is_floating_point() != (small or views[0].is_floating_point()):
@@ -754,6 +792,22 @@ def _load(model, folder):
             raise ValueError(f"{file} is damaged or truncated ({error}): download it again") from None
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its config.json; missing: {_some(missing)}; unexpected: {_some(unexpected)}")
+
+
+def _slice(tensor, views, share, ranks):
+    """What this process holds of a tensor in a file, read from there alone. raises ValueError: the tensor ends before it"""
+    shape, (rank, n) = tensor.get_shape(), ranks
+    if share == "columns":
+        if len(shape) == 1:  # the bias of a sum over processes counts once
+            return tensor[:] if rank == 0 else torch.zeros_like(tensor[:])
+        if shape[1] % n:
+            raise ValueError(f"{shape[1]} columns of a tensor cannot be divided among {n} processes")
+        width = shape[1] // n
+        return tensor[:, rank * width : (rank + 1) * width]
+    rows = [len(view) for view in views]
+    if len(share) < len(rows):  # the groups of Falcon lie together
+        share = [share[0] + sum(rows[:i]) for i in range(len(rows))]
+    return torch.cat([tensor[a : a + b] for a, b in zip(share, rows)])
 
 
 def _some(names):

@@ -26,7 +26,7 @@ import generate
 import kivi
 import quantize as qz
 from kivi import FullCache, KiviCache
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, causal
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -2372,6 +2372,56 @@ def test_quantize_refuses_what_it_cannot_write(checkpoint, tmp_path, capsys):
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"quantization_config": dict(quant_method="kivi-weights", bits=4, group_size=32)}))
     with pytest.raises(ValueError, match="packed"):
         Transformer.from_pretrained(tmp_path / "small")
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------------------------
+
+def torchrun(n, *args):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(HERE / "generate.py")]
+    return subprocess.run([*start, "--device", "cpu", *map(str, args)], capture_output=True, text=True, timeout=120, env=env, cwd=HERE)
+
+
+@pytest.mark.parametrize("n", (2, pytest.param(4, marks=slow)))
+def test_processes_that_share_the_heads_write_the_same_text(n, tmp_path):
+    """The embedded checkpoint, a batch of 3 ragged prompts, 2-bit caches; with 4 processes, two hold each KV head. Guards against a
+    sum that is missing, heads with another's keys, a slice of the weights at the wrong place, output of every process."""
+    file = tmp_path / "prompts"
+    file.write_text("Once upon a time\nThe sea was\n" + "He looked at the old house and said nothing. " * 5)
+    options = ["--prompts", file, "--batch-size", 3, "--max-new-tokens", 24, "--temperature", 0, "--kv", "kivi2", "--residual", 32, "--json"]
+    alone, together = command("--device", "cpu", *options), torchrun(n, *options)
+    assert together.returncode == 0, together.stderr
+    rows = [[json.loads(line) for line in run.stdout.splitlines()] for run in (alone, together)]
+    assert len(rows[1]) == 4 and rows[0][:3] == rows[1][:3]
+    assert rows[1][3]["kv_bytes"] < 0.6 * rows[0][3]["kv_bytes"]
+
+
+def test_what_processes_cannot_share_is_refused(checkpoint):
+    """Guards against a traceback, or a hang, where the heads cannot be divided."""
+    done = torchrun(3, "--checkpoint", checkpoint, "--prompt", "x")
+    assert done.returncode and "4 heads, 2 KV heads and 96 hidden channels cannot be divided among 3 processes\n" in done.stderr
+    assert done.stdout == "" and "generate.py\", line" not in done.stderr
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen 2", "qwen 3", "one KV head"))
+@torch.no_grad()
+def test_the_shares_of_two_processes_add_up_to_the_layer(family, tmp_path, monkeypatch):
+    """Without processes: what the two shares of a layer compute before they are summed adds up to the whole layer. Guards against the
+    wrong rows of q, k, v, gate or up, and a bias that counts twice."""
+    folder = make_checkpoint(tmp_path / "full", **FAMILIES[family])
+    whole, parts = Transformer.from_pretrained(folder), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        parts.append(Transformer.from_pretrained(folder))
+    x = randn(2, 7, 64)
+    cos, sin = whole.rope(torch.arange(7)[None])
+    for i, layer in enumerate(whole.layers):
+        y, z = (sum(f(m.layers[i]) for m in ms) for ms in ([whole], parts)
+                for f in [lambda l: l.attention.out(causal(*l.attention.qkv(x, cos, sin))) + l.mlp(x)])
+        assert rel(z, y) < 1e-5
+        assert parts[0].layers[i].attention.wqkv.weight.shape[0] < whole.layers[i].attention.wqkv.weight.shape[0]
 
 
 # ---- CUDA -------------------------------------------------------------------------------------------------------------------------
