@@ -2293,6 +2293,8 @@ def test_quantized_weights_take_the_memory_that_the_formula_says(tmp_path, monke
     model = Transformer.from_pretrained(folder, weights="int4")
     elements = 4 * (512 * (128 + 64 + 64) + 128 * 512 + 3 * 512 * 4096)
     by_hand = elements // 2 + elements // 32 * 8 + 1024 * 512 + 1024 * 8 + 4 * (1024 * 512 + 9 * 512)
+    for where in ("quantize.CHUNK", "model.CHUNK"):
+        monkeypatch.setattr(where, 2**18)
     parts = model.memory(1, 500, 600, "kivi2")
     assert parts["weights"] == by_hand + model.freq.nbytes
     model.setup_caches(1, 600, "kivi2")
@@ -2403,12 +2405,15 @@ def test_what_processes_cannot_share_is_refused(checkpoint):
     assert done.stdout == "" and "generate.py\", line" not in done.stderr
 
 
-@pytest.mark.parametrize("family", ("llama", "qwen 2", "qwen 3", "one KV head"))
+@pytest.mark.parametrize("family", ("llama", "all biases", "qwen 2", "qwen 3", "one KV head"))
 @torch.no_grad()
 def test_the_shares_of_two_processes_add_up_to_the_layer(family, tmp_path, monkeypatch):
     """Without processes: what the two shares of a layer compute before they are summed adds up to the whole layer. Guards against the
     wrong rows of q, k, v, gate or up, and a bias that counts twice."""
-    folder = make_checkpoint(tmp_path / "full", **FAMILIES[family])
+    folder = make_checkpoint(tmp_path / "full", **FAMILIES.get(family, dict(attention_bias=True, mlp_bias=True)))
+    if family == "all biases":
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {n.replace("weight", "bias"): randn(len(x), seed=i) for i, (n, x) in enumerate(tensors.items()) if "_proj" in n}, folder / "model.safetensors")
     whole, parts = Transformer.from_pretrained(folder), []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
