@@ -4,7 +4,7 @@
     python bench.py decode           a whole decode step of Llama-2-7B and Llama-3.1-8B shapes, random weights
     python bench.py throughput       tokens/s against the batch within --budget-gb, short and long loads, random weights
     python bench.py memory           bytes a token of every cache, by the formula and as allocated; peak of whole runs
-    python bench.py quality          perplexity through the cache, teacher-forced, on the embedded checkpoint
+    python bench.py quality          perplexity, KL and retrieval through the cache; --study: the long table; --tune: bits a layer
 
 Times are medians of CUDA-graph replays over enough caches to exceed the L2 (wall-clock medians on a CPU). The last line of
 stdout is one JSON object; --json FILE writes it.
@@ -17,9 +17,11 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -28,8 +30,8 @@ from torch.nn import functional as F
 
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
-from model import Block, ModelConfig, Transformer, shard
-from quantize import CHUNK, QuantizedLinear, quantize_weight, weight_format
+from model import Block, ModelConfig, Transformer, rotate, shard
+from quantize import CHUNK, QuantizedLinear, group_codes, quantize_weight, weight_format
 
 SHAPES = {  # name -> B, H, Hk, T, D
     "mha": (16, 32, 32, 8192, 128),
@@ -45,6 +47,7 @@ SHAPES = {  # name -> B, H, Hk, T, D
 }
 CACHES = {
     "kivi2": PRESETS["kivi2"],
+    "kivi2+": PRESETS["kivi2+"],
     "kivi2 G64": KVConfig(2, 2, 64, 128),
     "kivi2 G128": KVConfig(2, 2, 128, 128),
     "kivi4": PRESETS["kivi4"],
@@ -79,6 +82,7 @@ def timed(calls, device, repeats=30):
                 call()
             seconds.append((time.perf_counter() - start) / len(calls))
         return statistics.median(seconds)
+    calls = calls * -(-8 // len(calls))  # or the launch of the graph would count: 5 us of a single call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -126,6 +130,7 @@ def reference(q, k, v):
 
 
 def attention(args, device):
+    """One layer's decode attention: SDPA, FlexAttention, FullCache and the packed caches, with the error beside every time."""
     from torch.nn.attention.flex_attention import flex_attention
 
     dtype, results = torch.bfloat16, []
@@ -169,6 +174,7 @@ def attention(args, device):
 
         def cached(label, make):
             def work():
+                torch.compiler.reset()  # or the compiler takes what differs from the cache before, as the sinks, for a variable: half the speed
                 cache = make()
                 cache.prefill(k, v)
                 sets = min(16, math.ceil(2e8 / cache.nbytes)) if device.type == "cuda" else 1
@@ -240,6 +246,7 @@ def weight_bytes(model):
 
 
 def decode(args, device):
+    """A whole decode step, random weights, beside its roofline: weights and KV bytes over the measured copy bandwidth."""
     bandwidth, results = copy_bandwidth(device), []
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     for name, form in itertools.product(args.models or MODELS, args.weights):
@@ -649,72 +656,448 @@ def memory(args, device):
     return {"budget_GB": args.budget_gb, "bytes_per_token": table, "runs": runs}
 
 
+# ---- quality ------------------------------------------------------------------------------------------------------------
+
+QUALITY = {  # what `quality` compares: label -> kv and options of setup_caches; the first is the measure of all others
+    "full precision": ("bf16", {}),
+    "kivi4": ("kivi4", {}),
+    "k4v2": ("k4v2", {}),
+    "kivi2+": ("kivi2+", {}),
+    "kivi2": ("kivi2", {}),
+    "kivi2, R = 32": ("kivi2", {"residual": 32}),
+}
+NAMES = "apple arrow bell boat book bottle candle chair clock coat coin crown drum flower hammer kettle lamp mirror needle rope".split()
+RETRIEVAL = {  # task -> facts hidden in the prompt, a fact, the question that ends it, digits of the answer
+    "pass key": (1, "The pass key is {key}. Remember it. {key} is the pass key.", "What is the pass key? The pass key is", 5),
+    "multi-key": (4, "Key {name}: {key}.", "What is the value of {name}? The value of {name} is", 3),
+}
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A cache that exists only as numbers, for what kivi.py does not have: other axes, no residual, ideas that did not pay.
+
+    Everything is quantized and dequantized at once, and a mask says which query reads the result and which the exact number:
+    the state of a cache depends on its length alone, so this is what the steps one by one would read (test_kivi.py compares).
+    axes      "channel" (groups of consecutive tokens of one channel) or "token" (groups of channels of one token)
+    residual  values: the last R tokens are exact; keys, and values per channel: the tokens after the last multiple of R. At 0
+              what is grouped along tokens still stays exact until its group is complete
+    rotated   quantized after a Hadamard rotation of the head's channels; k_norm: each key divided by its norm, which is stored
+    pre_rope  keys are quantized before their rotary embedding
+    """
+
+    k_bits: int = 2
+    v_bits: int = 2
+    k_axis: str = "channel"
+    v_axis: str = "token"
+    group_size: int = 32
+    residual: int = 128
+    sink: int = 0
+    k_shrink: float = 1.0
+    v_shrink: float = 1.0
+    k_rotated: bool = False
+    v_rotated: bool = False
+    k_norm: bool = False
+    pre_rope: bool = False
+
+    def bits(self, D):
+        """Stored bits per element, scale and zero of 16 bits each included."""
+        group = lambda axis: self.group_size if axis == "channel" else min(self.group_size, D)
+        return (self.k_bits + 32 / group(self.k_axis) + 16 / D * self.k_norm + self.v_bits + 32 / group(self.v_axis)) / 2
+
+    def exact(self, pos, what):
+        """[n, T] bool: does the query at pos [n] read token t < T of K ("k") or V ("v") exactly?"""
+        axis, R, block = getattr(self, f"{what}_axis"), self.residual, max(self.residual, self.group_size)
+        first = pos // block * block  # of a block that is not complete
+        if axis == "token" and what == "v":
+            first = pos - R
+        elif axis == "token" and R == 0:
+            first = pos + 1
+        t = torch.arange(int(pos[-1]) + 1, device=pos.device)
+        return (t >= first[:, None]) | (t < self.sink)
+
+    def quantized(self, x, bits, axis, shrink):
+        """x [B, Hk, T, D] as it comes back from `bits` bits."""
+        G, T, D = self.group_size, *x.shape[2:]
+        if axis == "token":
+            codes, scale, zero = group_codes(x.unflatten(-1, (-1, min(G, D))), bits, shrink=shrink)
+            return (codes * scale + zero).flatten(-2)
+        t = torch.arange(-(-T // G) * G, device=x.device)  # a sink stays out of its group, and so does what is not there yet
+        t = torch.maximum(t, (t | G - 1).clamp(max=self.sink)).clamp(max=T - 1)
+        codes, scale, zero = group_codes(x[:, :, t].unflatten(2, (-1, G)), bits, dim=3, shrink=shrink)
+        return (codes * scale + zero).flatten(2, 3)[:, :, :T]
+
+    def read(self, k, v, rope):
+        """K and V [B, Hk, T, D] as attention reads them where they are not exact; rope: cos and sin of all T positions."""
+        turn = hadamard(k.shape[-1], k)
+        x = rotate(k, rope[0], -rope[1]) if self.pre_rope else k
+        norm = x.norm(dim=-1, keepdim=True) if self.k_norm else 1
+        x = x / norm @ turn if self.k_rotated else x / norm
+        x = self.quantized(x, self.k_bits, self.k_axis, self.k_shrink)
+        x = norm * (x @ turn if self.k_rotated else x)
+        x = rotate(x, *rope) if self.pre_rope else x
+        y = self.quantized(v @ turn if self.v_rotated else v, self.v_bits, self.v_axis, self.v_shrink)
+        return x, (y @ turn if self.v_rotated else y)
+
+
+def hadamard(n, like):
+    """The symmetric orthogonal matrix of signs [n, n], n a power of two."""
+    h = torch.ones(1, 1, device=like.device, dtype=like.dtype)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / n**0.5
+
+
+class FakeCache(torch.nn.Module):
+    """Stands in for a layer's cache while `decoded` runs many tokens at once."""
+
+    def __init__(self, fake, k, v, rope):
+        super().__init__()
+        self.fake, self.k, self.v, self.rope = fake, k, v, rope
+
+    def update(self, k, v, pos):
+        self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+
+    def attention(self, q, pos, blocks):
+        """q [B, H, n, D] at pos [n] -> [B, H, n, D], in float32."""
+        f, M = self.fake, q.shape[1] // self.k.shape[1]
+        k, v = self.k.float(), self.v.float()
+        k_read, v_read = f.read(self.k, self.v, self.rope)
+        q = q.unflatten(1, (-1, M)).float()  # [B, Hk, M, n, D]
+        scores = torch.where(f.exact(pos, "k"), q @ k[:, :, None].mT, q @ k_read.float()[:, :, None].mT)
+        seen = torch.arange(k.shape[2], device=q.device) <= pos[:, None]
+        p = (scores * q.shape[-1] ** -0.5).masked_fill(~seen, -math.inf).softmax(-1)
+        exact = f.exact(pos, "v")
+        return (p * exact @ v[:, :, None] + p * ~exact @ v_read.float()[:, :, None]).flatten(1, 2).type_as(self.k)
+
+
+def prefilled(model, tokens):
+    """Exact prefill of tokens [B, L]: (K and V of every layer, [B, Hk, L, D] each; log-probabilities [B, V] of the next token)."""
+    model.setup_caches(*tokens.shape, "bf16")
+    logits = model.prefill(tokens)
+    return [(layer.cache.k[:, :, : tokens.shape[1]], layer.cache.v[:, :, : tokens.shape[1]]) for layer in model.layers], logits
+
+
+def decoded(model, cache, prompt, tokens):
+    """Log-probabilities [B, n + 1, V] of teacher-forced decoding of tokens [B, n] after a prompt from `prefilled`.
+
+    cache  (kv, options): token by token through the real cache; a Fake, or one a layer: simulated, all tokens at once
+    """
+    (kv, logits), (B, n) = prompt, tokens.shape
+    L, device = kv[0][0].shape[2], tokens.device
+    if isinstance(cache, tuple):
+        model.setup_caches(B, L + n, cache[0], **cache[1])
+        first = model.cache
+        first.pos.fill_(L)
+        first.lengths[:] = [L] * B
+        out = [logits]
+        for layer, (k, v) in zip(model.layers, kv):
+            layer.cache.fill(k, v, first.pos)
+        for t in range(n):
+            first.advance()
+            out.append(model.decode(tokens[:, t : t + 1], first.blocks(first.length)))
+            if first.due():
+                model.flush()
+        return torch.stack(out, 1).float().log_softmax(-1)
+    fakes = cache if isinstance(cache, list) else [cache] * len(kv)
+    pos, rope = torch.arange(L, L + n, device=device), model.rope(torch.arange(L + n, device=device)[None])
+    x, (cos, sin) = model.embed(tokens), model.rope(pos[None])
+    for layer, fake, (k, v) in zip(model.layers, fakes, kv):
+        layer.cache = FakeCache(fake, k, v, rope)
+        x = layer.decode(x, cos, sin, pos, None)
+        layer.cache = None
+    return torch.cat([logits[:, None], model.head(model.norm(x))], 1).float().log_softmax(-1)
+
+
+def stored_bits(model, length):
+    """Bits per element of K and V with 16-bit numbers, from the buffers: (of what is quantized, of the whole cache at `length` tokens)."""
+    size = lambda buffers: sum(8 * b.numel() * (1 if b.dtype == torch.uint8 else 2) for b in buffers)
+    caches = [layer.cache for layer in model.layers]
+    heads = caches[0].batch * 2 * model.config.n_kv_heads * model.config.head_dim * len(caches)  # elements a token
+    whole = size(b for c in caches for b in c.buffers()) / heads / length
+    if isinstance(caches[0], FullCache):
+        return 16.0, whole
+    packed = [b for c in caches for name, b in c.named_buffers() if name.endswith(("packed", "scale", "zero"))]
+    return size(packed) / heads / (caches[0].k_scale.shape[2] * caches[0].config.group_size), whole
+
+
+def paragraph(tokenizer, text):
+    """Tokens of a paragraph inside a text: with the blank line before it, without what a tokenizer puts at a text's start."""
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return encode("x\n\n" + text)[len(encode("x")):]
+
+
+def needles(tokenizer, text, task, length, trials, rng):
+    """Prompts that hide facts in a text and ask for one of them: [(prompt, answer, depth)], token lists of `length` together."""
+    count, fact, question, digits = RETRIEVAL[task]
+    start, story, out = tokenizer.encode("").ids, [paragraph(tokenizer, p) for p in text.split("\n\n") if p.strip()], []
+    for depth in DEPTHS * trials:
+        names = rng.sample(NAMES, count)
+        keys = [rng.randrange(10 ** (digits - 1), 10**digits) for _ in names]
+        hidden = [paragraph(tokenizer, fact.format(name=n, key=k)) for n, k in zip(names, keys)]
+        ask = paragraph(tokenizer, question.format(name=names[0]))
+        answer = paragraph(tokenizer, f"{question.format(name=names[0])} {keys[0]}")[len(ask):]
+        room = length - len(start + ask + answer) - sum(map(len, hidden))
+        if room < 0:
+            raise ValueError(f"a prompt of {length} tokens has no room for the {task} task: use a larger --lengths")
+        filler, ends, i = [], [0], rng.randrange(len(story))
+        while len(filler) < room:
+            filler += story[i % len(story)]
+            ends.append(min(len(filler), room))
+            i += 1
+        places = [depth] + [rng.random() for _ in names[1:]]
+        cuts = sorted((min(ends, key=lambda e: abs(e - p * room)), j) for j, p in enumerate(places))
+        ids, at = list(start), 0
+        for cut, j in cuts:
+            ids, at = ids + filler[at:cut] + hidden[j], cut
+        out.append((ids + filler[at:room] + ask, answer, depth))
+    return out
+
+
+def text_rows(tokenizer, text, prefill, rows, tokens):
+    """[rows, prefill + n] windows of a text that overlap by their prefill, so that no token is scored twice; n <= tokens."""
+    start, ids = tokenizer.encode("").ids, tokenizer.encode(text, add_special_tokens=False).ids
+    prefill -= len(start)
+    n = min(tokens, (len(ids) - prefill) // rows)
+    if n < 1:
+        raise ValueError(f"a text of {len(ids)} tokens does not give {rows} rows after a prefill of {prefill}: use fewer --rows")
+    return torch.tensor([start + ids[i * n : i * n + prefill + n] for i in range(rows)])
+
+
+def text_metrics(logp, base, target):
+    """logp, base [B, n, V], target [B, n] -> perplexity and the distance of logp to base."""
+    kl = torch.stack([(b.exp() * (b - x)).sum(-1) for x, b in zip(logp, base)])
+    loss = -logp.gather(-1, target[..., None]).mean().item()
+    return {"perplexity": math.exp(loss), "perplexity_ratio": math.exp(loss + base.gather(-1, target[..., None]).mean().item()),
+            "kl": kl.mean().item(), "kl_p99": kl.flatten().quantile(0.99).item(),
+            "top1": (logp.argmax(-1) == base.argmax(-1)).float().mean().item()}
+
+
+def tuned(model, bits, measure):
+    """(K bits, V bits) of every layer, `bits` in the mean, by greedy search on KL; `measure`: a list of Fakes -> KL.
+
+    Each move doubles the bits of one layer's K or V: the one that lowers KL most per bit. Gains are measured again only
+    for the best candidate (they shrink as others are taken), until it stays the best.
+    """
+    pairs = [[2, 2] for _ in model.layers]
+    fakes = lambda pairs: [Fake(*p) for p in pairs]
+    now, stale = measure(fakes(pairs)), {(i, j): math.inf for i in range(len(pairs)) for j in (0, 1)}
+    budget = round(2 * len(pairs) * (bits - 2))
+    tried = {}
+    while moves := [m for m in stale if pairs[m[0]][m[1]] <= min(4, budget)]:
+        move = max(moves, key=stale.get)
+        i, j = move
+        if move in tried:  # measured since the last move was made, and still the best
+            now, pairs, budget = tried[move], [list(p) for p in pairs], budget - pairs[i][j]
+            pairs[i][j] *= 2
+            say(f"    layer {i}: K {pairs[i][0]} V {pairs[i][1]}, KL {now:.5f}, {bits - budget / 2 / len(pairs):.3f} bits")
+            tried = {}
+            continue
+        better = [list(p) for p in pairs]
+        better[i][j] *= 2
+        tried[move] = measure(fakes(better))
+        stale[move] = (now - tried[move]) / pairs[i][j]
+    return pairs
+
+
+STUDY = {  # the paper's findings in small, then what was tried beyond the paper
+    **{f"K per {k}, V per {v}, R = 0": Fake(k_axis=k, v_axis=v, residual=0) for k in ("channel", "token") for v in ("token", "channel")},
+    **{f"K per {k}, V per {v}, R = 128": Fake(k_axis=k, v_axis=v) for k, v in (("channel", "channel"), ("token", "token"), ("token", "channel"))},
+    **{f"K per {k}, V per {v}, R = 0, 4 bits": Fake(4, 4, k, v, residual=0) for k in ("channel", "token") for v in ("token", "channel")},
+    **{f"2 bits, R = {r}": Fake(residual=r) for r in (32, 64, 128)},
+    **{f"2 bits, G = {g}": Fake(group_size=g) for g in (64, 128)},
+    **{f"K {k} V {v} bits": Fake(k, v) for k, v in ((2, 4), (4, 2), (4, 4))},
+    "sink 4": Fake(sink=4), "sink 32": Fake(sink=32),
+    "V shrink 0.8": Fake(v_shrink=0.8), "shrink 0.8": Fake(k_shrink=0.8, v_shrink=0.8), "sink 32, V shrink 0.8": Fake(sink=32, v_shrink=0.8),
+    **{f"sink 32, shrink {s}": Fake(sink=32, k_shrink=s, v_shrink=s) for s in (0.95, 0.9, 0.85, 0.8, 0.75)},
+    "sink 4, shrink 0.8": Fake(sink=4, k_shrink=0.8, v_shrink=0.8),
+    "V rotated": Fake(v_rotated=True),
+    "K norm": Fake(k_norm=True), "K norm, K rotated": Fake(k_norm=True, k_rotated=True), "K rotated": Fake(k_rotated=True),
+    "pre-RoPE K": Fake(pre_rope=True),
+    **{f"kivi2+, {name}": Fake(**{"sink": 32, "k_shrink": 0.8, "v_shrink": 0.8} | change) for name, change in {
+        "R = 32": {"residual": 32}, "G = 64": {"group_size": 64}, "4 bits K": {"k_bits": 4}, "V rotated": {"v_rotated": True},
+        "K rotated": {"k_rotated": True}, "K norm, K rotated": {"k_norm": True, "k_rotated": True}, "pre-RoPE K": {"pre_rope": True}}.items()},
+}
+
+
 @torch.no_grad()
 def quality(args, device):
-    """Perplexity of a text, teacher-forced through the cache after a full-precision prefill: what decoding really reads."""
-    full, tokenizer = generate.load(args.checkpoint, device, torch.float32)
+    """What a cache's bits cost, teacher-forced through the cache after an exact prefill: what decoding really reads."""
+    begin, clock = time.perf_counter(), lambda: f"({time.perf_counter() - begin:.0f} s)"
+    model, tokenizer = generate.load(args.checkpoint, device, generate.DTYPES[args.dtype], weights=args.weights)
     text = Path(args.text or generate.EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer.encode(text).ids[: args.tokens or 2048], device=device)[None]
-    n = min(args.prefill or 256, ids.shape[1] // 2)
-    results, base = [], None
-    caches = (("bf16", {}), ("kivi4", {}), ("k4v2", {}), ("kivi2", {}), ("kivi2", {"residual": 32}))
-    for form, (kv, options) in itertools.product(args.weights, caches if not args.caches else [(kv, {}) for kv in args.caches]):
-        start = time.perf_counter()
-        if kv == (args.caches or ["bf16"])[0]:
-            model = full if form == "bf16" else generate.load(args.checkpoint, device, torch.float32, weights=form)[0]
-        model.setup_caches(1, ids.shape[1], kv, **options)
-        logits = [model.prefill(ids[:, :n])]
-        for t in range(n, ids.shape[1] - 1):
-            model.cache.advance()
-            logits.append(model.decode(ids[:, t : t + 1], model.cache.blocks(model.cache.length)))
-            if model.cache.due():
-                model.flush()
-        logp = torch.cat(logits).log_softmax(-1)
+    caches = {c: QUALITY.get(c, (c, {})) for c in dict.fromkeys([next(iter(QUALITY)), *(args.caches or QUALITY)])}
+    rows = text_rows(tokenizer, text, args.prefill, args.rows, args.tokens or 512).to(device)
+    prompt = prefilled(model, rows[:, : args.prefill])
+    say(f"{len(rows)} rows of {rows.shape[1]} tokens, {args.prefill} of them prefilled {clock()}")
+    score = slice(0, len(rows))
+    part = lambda s: (([(k[s], v[s]) for k, v in prompt[0]], prompt[1][s]), rows[s, args.prefill : -1], rows[s, args.prefill :])
+    if args.tune:  # on the first half of the rows; the table is measured on the other
+        half, score = slice(0, len(rows) // 2), slice(len(rows) // 2, len(rows))
+        some, given, target = part(half)
+        base = decoded(model, ("bf16", {}), some, given)
+        pairs = tuned(model, args.tune, lambda fakes: text_metrics(decoded(model, fakes, some, given), base, target)["kl"])
+        file = Path(args.tuned or f"kvtuner-{args.tune:g}.yaml")
+        file.write_text("".join(f"{i}:\n  nbits_key: {k}\n  nbits_value: {v}\n" for i, (k, v) in enumerate(pairs)), encoding="utf-8")
+        say(f"wrote {file} {clock()}")
+        caches[f"tuned, {sum(map(sum, pairs)) / 2 / len(pairs):g} bits"] = (f"kvtuner:{file}", {})
+    fakes = STUDY if args.study else {}
+
+    some, given, target = part(score)
+    lengths, base, results = [n for n in args.lengths if n <= model.config.max_len], None, {}
+    for label, cache in {**caches, **fakes}.items():
+        logp = decoded(model, cache, some, given)
         base = logp if base is None else base
-        nll = -logp.gather(1, ids[0, n:, None]).mean().item()
-        kl = (base.exp() * (base - logp)).sum(-1)
-        row = {"weights": form, "kv": kv, **options, "tokens": len(logp), "prefill": n, "perplexity": math.exp(nll), "kl": kl.mean().item(),
-               "kl_p99": kl.quantile(0.99).item(), "top1": (logp.argmax(-1) == base.argmax(-1)).float().mean().item(),
-               "bytes": sum(layer.cache.nbytes for layer in model.layers)}
-        results.append(row)
-        say(f"  {form} {kv} {options or ''}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f} ({time.perf_counter() - start:.0f} s)")
-    print("\n| weights | cache | perplexity | mean KL | 99th percentile KL | top-1 agreement | bytes |\n|---|---|---|---|---|---|---|")
-    for r in results:
-        label = r["kv"] + (f", R = {r['residual']}" if "residual" in r else "")
-        print(f"| {r['weights']} | {label} | {r['perplexity']:.3f} | {r['kl']:.4f} | {r['kl_p99']:.3f} | {r['top1']:.3f} | {r['bytes']} |")
-    return {"rows": results}
+        r = results[label] = {"cache": label, "simulated": label in fakes, **text_metrics(logp, base, target), "retrieval": {}, "answer_loss": {}}
+        longest = lengths[-1] if lengths else rows.shape[1]
+        if label in fakes:
+            r["bits"] = cache.bits(model.config.head_dim)
+            r["bits_whole"] = r["bits"] + (16 - r["bits"]) * (cache.sink + cache.residual) / longest
+        else:  # measured again at every length of the retrieval prompts; the longest stays
+            r["bits"], r["bits_whole"] = stored_bits(model, rows.shape[1])
+        say(f"  {label}: perplexity {r['perplexity']:.3f}, KL {r['kl']:.4f} {clock()}")
+
+    rng = random.Random(args.seed)
+    for length in lengths:
+        for task in args.tasks:
+            cases = needles(tokenizer, text, task, length, args.trials, rng)
+            for i in range(0, len(cases), 8):  # rows of one prefill
+                batch = cases[i : i + 8]
+                n = max(len(a) for _, a, _ in batch)
+                short = min(len(p) for p, _, _ in batch)
+                if any(len(p) != short for p, _, _ in batch):  # answers of unequal lengths: the prompts too
+                    batch = [(p[:1] + p[1 + len(p) - short :], a, d) for p, a, d in batch]
+                # The last token of the question is decoded: the answer's first token must come through the cache as well.
+                question = prefilled(model, torch.tensor([p[:-1] for p, _, _ in batch], device=device))
+                given_answer = torch.tensor([p[-1:] + a[:-1] + a[-1:] * (n - len(a)) for p, a, _ in batch], device=device)
+                for label, cache in {**caches, **fakes}.items():
+                    logp = decoded(model, cache, question, given_answer)[:, 1:]
+                    if label in caches:
+                        results[label]["bits"], results[label]["bits_whole"] = stored_bits(model, short + n)
+                    table = results[label]["retrieval"].setdefault(task, {}).setdefault(length, {d: [0, 0] for d in DEPTHS})
+                    losses = results[label]["answer_loss"].setdefault(task, {}).setdefault(length, [])
+                    for x, (_, a, depth) in zip(logp, batch):
+                        table[depth][0] += x[: len(a)].argmax(-1).tolist() == a  # what greedy decoding would have to say
+                        table[depth][1] += 1
+                        losses.append(-x[: len(a)].gather(-1, torch.tensor(a, device=device)[:, None]).sum().item())
+            say(f"  {task} at {length}: " + ", ".join(f"{label} {found(results[label], task, length)}" for label in results) + f" {clock()}")
+    for r in results.values():
+        r["answer_loss"] = {task: {n: statistics.mean(x) for n, x in by.items()} for task, by in r["answer_loss"].items()}
+    columns = [(task, n) for task in args.tasks for n in lengths]
+    print("\n| cache | stored bits | whole cache | perplexity | mean KL | 99th percentile | top-1 |" + "".join(f" {t}, {n:,} |" for t, n in columns))
+    print("|---" * (7 + len(columns)) + "|")
+    for r in results.values():
+        print(f"| {r['cache']} | {r['bits']:.2f} | {r['bits_whole']:.2f} | {r['perplexity']:.3f} | {r['kl']:.4f} | {r['kl_p99']:.3f} | {r['top1']:.3f} |"
+              + "".join(f" {found(r, t, n)} |" for t, n in columns))
+    if args.plot:
+        pictures(list(results.values()), Path(args.plot), lengths)
+    return {"checkpoint": args.checkpoint or "tiny", "weights": args.weights, "rows_of_text": len(target), "prefill": args.prefill, "scored": target.numel(),
+            "seconds": time.perf_counter() - begin, "rows": list(results.values())}
+
+
+def found(row, task, length):
+    hits, trials = (sum(x) for x in zip(*row["retrieval"][task][length].values()))
+    return f"{hits}/{trials}"
+
+
+def pictures(rows, folder, lengths):
+    """Two pictures: retrieval by depth and length, and stored bits against KL."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return say("no pictures: matplotlib is not installed")
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in rows[0]["retrieval"]:
+        shown = [r for r in rows if not r["simulated"]]
+        figure, axes = pyplot.subplots(1, len(shown), figsize=(2.4 * len(shown), 2.6), sharey=True, squeeze=False)
+        for axis, r in zip(axes[0], shown):
+            grid = [[r["retrieval"][task][n][d][0] / r["retrieval"][task][n][d][1] for n in lengths] for d in DEPTHS]
+            axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set(title=r["cache"], xlabel="tokens", ylabel="depth", xticks=range(len(lengths)), yticks=range(len(DEPTHS)))
+            axis.set_xticklabels(lengths), axis.set_yticklabels(DEPTHS)
+        figure.savefig(folder / f"quality-{task.replace(' ', '-')}.png", dpi=150, bbox_inches="tight")
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for r in rows[1:]:
+        axis.plot(r["bits"], r["kl"], "o" if r["simulated"] else "s", color="tab:blue" if r["simulated"] else "tab:red")
+        axis.annotate(r["cache"], (r["bits"], r["kl"]), fontsize=6, xytext=(4, 2), textcoords="offset points")
+    axis.set(xlabel="stored bits per element", ylabel="mean KL to full precision", yscale="log")
+    figure.savefig(folder / "quality-bits.png", dpi=150, bbox_inches="tight")
+    say(f"pictures in {folder}")
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("attention", "decode", "throughput", "memory", "quality"))
-    p.add_argument("--shapes", nargs="+", choices=SHAPES, help="attention: which shapes")
-    p.add_argument("--caches", nargs="+", help=f"which caches (throughput, memory: {', '.join(REQUESTS)})")
-    p.add_argument("--weights", nargs="+", default=["bf16"], help="decode, quality: bf16, int8, int4 or int4:G; the first is the baseline")
-    p.add_argument("--models", nargs="+", choices=[*MODELS, *LARGE, "tiny"], help="decode, throughput, memory: which models")
-    p.add_argument("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="throughput, memory: prompt/output tokens")
-    p.add_argument("--budget-gb", type=float, default=80.0, help="throughput, memory: 1e9 bytes that a run may take, enforced on CUDA")
-    p.add_argument("--batches", nargs="+", type=int, help="throughput: these instead of the largest")
-    p.add_argument("--curve", action="store_true", help="throughput: also powers of four below the largest batch, and the largest of full precision")
-    p.add_argument("--verify", action="store_true", help="throughput: run the largest batch of the last cache from end to end as well")
-    p.add_argument("--plot", help="throughput: write PREFIX-model-prompt.png")
-    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768, 131072], help="memory: tokens of a row")
-    p.add_argument("--batch", type=int)
-    p.add_argument("--tokens", type=int, help="tokens present (decode), tokens scored (quality)")
-    p.add_argument("--capacity", type=int, help="decode: capacity of the cache (default: a little more than the tokens present)")
-    p.add_argument("--layers", type=int, help="fewer layers than the model has")
-    p.add_argument("--prefill", type=int, help="quality: tokens of exact prefill (default 256); memory: one prompt of this length instead of --loads")
-    p.add_argument("--checkpoint", help="quality: as in generate.py")
-    p.add_argument("--text", help="quality: text file (default: a held-out excerpt)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", help="write the result to this file")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--json", metavar="FILE", help="write the result to this file")
+    what = p.add_subparsers(dest="what", required=True, metavar="what")
+
+    def command(name):
+        c = what.add_parser(name, parents=[common], help=globals()[name].__doc__.splitlines()[0])
+        return c.add_argument
+
+    add = command("attention")
+    add("--shapes", nargs="+", choices=SHAPES, help="which shapes (default: those of the device)")
+    add("--caches", nargs="+", choices=CACHES, help="which caches (default: all)")
+
+    add = command("decode")
+    add("--models", nargs="+", choices=[*MODELS, *LARGE], help=f"which models (default: {' '.join(MODELS)})")
+    add("--weights", nargs="+", default=["bf16"], help="bf16, int8, int4 or int4:G (default bf16)")
+    add("--caches", nargs="+", metavar="KV", help="which caches, as --kv of generate.py (default bf16 kivi2 kivi4)")
+    add("--batch", type=int)
+    add("--tokens", type=int, help="tokens present")
+    add("--capacity", type=int, help="capacity of the cache (default: a little more than the tokens present)")
+    add("--layers", type=int, help="fewer layers than the model has")
+
+    for name in ("throughput", "memory"):
+        add = command(name)
+        add("--models", nargs="+", choices=[*MODELS, "tiny"], help="which models (default: all but tiny)")
+        add("--caches", nargs="+", choices=REQUESTS, help="which caches (default: all)")
+        add("--layers", type=int, help="fewer layers than the model has")
+        add("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="prompt/output tokens")
+        add("--budget-gb", type=float, default=80.0, help="1e9 bytes that a run may take, enforced on CUDA (default 80)")
+        if name == "throughput":
+            add("--batches", nargs="+", type=int, help="these instead of the largest")
+            add("--curve", action="store_true", help="also powers of four below the largest batch, and the largest of full precision")
+            add("--verify", action="store_true", help="run the largest batch of the last cache from end to end as well")
+            add("--plot", metavar="PREFIX", help="write PREFIX-model-prompt.png (needs matplotlib)")
+        else:
+            add("--batch", type=int, help="rows of a run (default: the largest batch of the first cache)")
+            add("--prefill", type=int, help="one prompt of this length instead of --loads")
+            add("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768, 131072], help="tokens of a row")
+
+    add = command("quality")
+    add("--checkpoint", help="as in generate.py")
+    add("--weights", help="as in generate.py")
+    add("--caches", nargs="+", help="names of its table, other names of --kv or kvtuner:FILE")
+    add("--text", help="text file (default: a held-out excerpt)")
+    add("--rows", type=int, default=8, help="rows of text")
+    add("--tokens", type=int, default=512, help="at most scored a row")
+    add("--prefill", type=int, default=256, help="tokens of exact prefill")
+    add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096], help="tokens of the retrieval prompts")
+    add("--trials", type=int, default=2, help="prompts a length and depth")
+    add("--tasks", nargs="*", choices=RETRIEVAL, default=list(RETRIEVAL), help="retrieval tasks")
+    add("--seed", type=int, default=0, help="of the retrieval prompts")
+    add("--study", action="store_true", help="also simulate the paper's variants and the ideas beyond it")
+    add("--tune", type=float, metavar="BITS", help="search bits a layer, BITS in the mean, and write them for --kv kvtuner:FILE")
+    add("--tuned", metavar="FILE", help="where --tune writes (default kvtuner-BITS.yaml)")
+    add("--plot", metavar="DIR", help="draw the results (needs matplotlib)")
+    add("--dtype", choices=generate.DTYPES, default="float32", help="of the model")
     args = p.parse_args(argv)
     device = torch.device(args.device)
     if generate.processes() > 1:
         device = generate.join(device, args)
     torch.manual_seed(0)
-    with torch.no_grad():
-        result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
+    try:
+        with torch.no_grad():
+            result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     result |= {"processes": generate.processes()} if generate.processes() > 1 else {}
     if args.json and int(os.environ.get("RANK", 0)) == 0:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

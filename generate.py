@@ -539,7 +539,7 @@ def parser():
     p = argparse.ArgumentParser(description="Generate text with a low-bit KV cache (KIVI).")
     p.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
     p.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
-    p.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    p.add_argument("--kv", default="kivi2", help="bf16 (full precision), kivi2, kivi2+, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
     p.add_argument("--weights", help="quantize the linear weights while loading: int8, int4 (groups of 32) or int4:G with G = 32, 64 or 128")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='text to continue (default "Once upon a time")')

@@ -47,13 +47,14 @@ NEVER = -1e30  # the score of a token that is not there; finite, so that a block
 
 @dataclass(frozen=True)
 class KVConfig:
-    """What a KIVI cache stores: bits of K and V, group size G, full-precision window R, sink tokens S."""
+    """What a KIVI cache stores: bits of K and V, group size G, full-precision window R, sink tokens S, shrink (see `group_codes`)."""
 
     k_bits: int = 2
     v_bits: int = 2
     group_size: int = 32
     residual: int = 128
     sink: int = 0
+    shrink: float = 1.0
 
     def check(self, head_dim):
         """Raises ValueError, naming the value and the fix, for a combination that cannot be stored."""
@@ -69,6 +70,8 @@ class KVConfig:
             raise ValueError(f"residual {R} is not a multiple of group_size {G}: use {max(1, round(R / G)) * G}")
         if self.sink < 0:
             raise ValueError(f"sink must be 0 or more tokens, got {self.sink}")
+        if not 0.5 <= self.shrink <= 1:
+            raise ValueError(f"shrink must lie in 0.5 .. 1 (1 keeps the whole range), got {self.shrink}")
 
     @property
     def unit(self):
@@ -108,7 +111,12 @@ class KVConfig:
         return sum(self.parts(batch, n_kv_heads, max_len, head_dim, dtype).values())
 
 
-PRESETS = {"kivi2": KVConfig(2, 2), "kivi4": KVConfig(4, 4), "k4v2": KVConfig(4, 2)}
+PRESETS = {  # kivi2 is the paper's; kivi2+ adds what paid at (nearly) the same bytes, see README.md, "What 2 bits cost"
+    "kivi2": KVConfig(2, 2),
+    "kivi2+": KVConfig(2, 2, sink=32, shrink=0.8),
+    "kivi4": KVConfig(4, 4),
+    "k4v2": KVConfig(4, 2),
+}
 
 
 def _planes(packed, bits, half):
@@ -327,6 +335,9 @@ class FullCache(Cache):
     def due(self):
         return False
 
+    def flush(self, pos):
+        """Nothing: full precision has no blocks to complete."""
+
     def attention(self, q, pos, blocks):
         """q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] -> [B, H, 1, D]."""
         n = blocks.shape[0] * self.block
@@ -352,9 +363,9 @@ class KiviCache(Cache):
     source  KIVI, arXiv 2402.02750; schedule and order of operations of jy-yuan/KIVI
     """
 
-    def __init__(self, batch, n_kv_heads, max_len, head_dim, *, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0,
+    def __init__(self, batch, n_kv_heads, max_len, head_dim, *, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0, shrink=1.0,
                  sliding=None, dtype=torch.float32, device="cpu"):
-        c = KVConfig(k_bits, v_bits, group_size, residual, sink)
+        c = KVConfig(k_bits, v_bits, group_size, residual, sink, shrink)
         c.check(head_dim)
         super().__init__(batch, max_len, c.block(max_len), c.blocks(max_len), device, sliding)
         self.config = c
@@ -414,7 +425,7 @@ class KiviCache(Cache):
     def quantize_v(self, v):
         """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
         G = self.config.group_size
-        codes, scale, zero = group_codes(v.unflatten(-1, (-1, G)), self.config.v_bits)
+        codes, scale, zero = group_codes(v.unflatten(-1, (-1, G)), self.config.v_bits, shrink=self.config.shrink)
         return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
     def fill(self, k, v, lengths, row=0):
@@ -443,7 +454,7 @@ class KiviCache(Cache):
             t = torch.arange(a, b, device=k.device)
             groups = lambda x, t: x[:, :, t.clamp(max=L - 1)].to(dtype).unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
             at = t.view(-1, G, 1)  # [T / G, G, 1]
-            codes, *meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3)
+            codes, *meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3, shrink=c.shrink)
             store("k", codes, meta, at < lengths // R * R, c.k_bits, a // G)  # [B, 1, T / G, G, 1]: tokens that are quantized by now
             codes, *meta = self.quantize_v(groups(v, t))
             store("v", codes, meta, at < lengths - R, c.v_bits, a // G)
@@ -478,7 +489,7 @@ class KiviCache(Cache):
             t = pos // c.residual * c.residual + first  # [B] first token of the group
             tokens = self.source(t[:, None] + torch.arange(G, device=pos.device))  # [B, G]
             keys = self.k_window[row[:, None], :, self.slot(tokens)].transpose(1, 2)  # [B, Hk, G, D]
-            codes, scale, zero = group_codes(keys, c.k_bits, dim=2)
+            codes, scale, zero = group_codes(keys, c.k_bits, dim=2, shrink=c.shrink)
             group = t // G
             block, shift = self.place(group, c.k_bits)
             old = self.k_packed[row, :, block]  # [B, Hk, G, D]

@@ -242,13 +242,13 @@ def causal(q, k, v, window=None, chunk=512):
         return attend(q, k, v, is_causal=True)
     if q.is_cuda and T <= window:
         return attend(q, k, v, attn_mask=causal_lower_right(c, T))  # a flag of the flash kernel, not a tensor
-    t, out = torch.arange(T, device=q.device), []
+    t, out = torch.arange(T, device=q.device), torch.empty_like(q)
     for first in range(T - c, T, chunk):  # only the keys that a chunk of queries sees, and never a mask of T x T
         seen = slice(max(0, first - window + 1), min(first + chunk, T))
-        age = t[first : seen.stop, None] - t[seen]
-        part = q[:, :, first - T + c : seen.stop - T + c]
-        out.append(attend(part, k[:, :, seen], v[:, :, seen], attn_mask=(age >= 0) & (age < window)))
-    return torch.cat(out, 2)
+        own = t[first : seen.stop, None]
+        part = slice(first - T + c, seen.stop - T + c)
+        out[:, :, part] = attend(q[:, :, part], k[:, :, seen], v[:, :, seen], attn_mask=(t[seen] <= own) & (t[seen] > own - window))
+    return out
 
 
 def shard(c, rank, n):
@@ -416,7 +416,7 @@ class Transformer(nn.Module):
         """Allocates one cache a layer.
 
         kv      "bf16" (full precision, in the model's dtype), a name of kivi.PRESETS, or "kvtuner:FILE" (see `layer_bits`)
-        options override the preset: k_bits, v_bits, group_size, residual, sink
+        options override the preset: k_bits, v_bits, group_size, residual, sink, shrink
         raises  ValueError: unknown kv, a combination the cache refuses, or max_len beyond the model's context
         """
         c = self.config
@@ -592,17 +592,19 @@ class Transformer(nn.Module):
 def layer_bits(file, n_layers):
     """(k_bits, v_bits) of every layer from a KVTuner preset (arXiv 2502.04420) or from plain text.
 
-    A preset names `nbits_key` and `nbits_value` once a layer, in order; plain text has one line "K-bits V-bits" a layer.
+    A preset names each layer by its number, then `nbits_key` and `nbits_value`; plain text has one line "K-bits V-bits" a layer.
     raises ValueError: unreadable, or not exactly one pair a layer
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
-    pairs = re.findall(r"nbits_key\W+(\d+)\W+nbits_value\W+(\d+)", text) or re.findall(r"(?m)^\s*(\d+)[\s,]+(\d+)\s*$", text)
-    if len(pairs) != n_layers:
-        raise ValueError(f"{file} gives bits for {len(pairs)} layers, the model has {n_layers}")
-    return [(int(k), int(v)) for k, v in pairs]
+    preset = re.findall(r"(\d+)\W+nbits_key\W+(\d+)\W+nbits_value\W+(\d+)", text)
+    pairs = sorted([int(x) for x in line] for line in preset)  # by layer
+    pairs = pairs or [[i, *map(int, line)] for i, line in enumerate(re.findall(r"(?m)^\s*(\d+)[\s,]+(\d+)\s*$", text))]
+    if [layer for layer, *_ in pairs] != list(range(n_layers)):
+        raise ValueError(f"{file} gives bits for {len(pairs)} layers, the model has {n_layers} (one pair each, numbered from 0)")
+    return [(k_bits, v_bits) for _, k_bits, v_bits in pairs]
 
 
 def _flush(layer, pos):

@@ -31,13 +31,17 @@ def _tiny(dtype):
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
-def group_codes(x, bits, dim=-1):
+def group_codes(x, bits, dim=-1, shrink=1.0):
     """`quantize` where all of dimension `dim` of x is one group, without any check: safe inside a compiled graph.
 
     x [.., G, ..] -> codes uint8 like x; scale, zero in x.dtype with G -> 1
+    shrink  the codes span this part of the range, around its middle: what lies outside is clipped, the rest rounded more finely
     """
     top = 2**bits - 1
     zero, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    if shrink != 1:
+        margin = (high.float() - zero.float()) * ((1 - shrink) / 2)
+        zero, high = (zero.float() + margin).to(x.dtype), (high.float() - margin).to(x.dtype)
     scale = ((high.float() - zero.float()) / top).to(x.dtype)
     # A constant group would divide 0 by 0 (NaN codes); a range so small that its scale rounds to 0 keeps one subnormal step.
     scale = torch.where(high > zero, scale.clamp_min(_tiny(x.dtype)), torch.ones_like(scale))
