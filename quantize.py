@@ -247,15 +247,16 @@ def write_quantized(folder, weights, out):
     bits, group_size = weight_format(weights)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder")
+    index, files, names, size = folder / "model.safetensors.index.json", [folder / "model.safetensors"], {}, 0
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if config.get("quantization_config"):
+        quantized = config.get("quantization_config")
+        if index.exists():
+            files = sorted({folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has a config.json or an index that cannot be read ({error}): download it again") from None
+    if quantized:
         raise ValueError(f"{folder} holds quantized weights already: use the model's original checkpoint")
-    index, files, names, size = folder / "model.safetensors.index.json", [folder / "model.safetensors"], {}, 0
-    if index.exists():
-        files = sorted({folder / Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         try:
