@@ -2627,3 +2627,19 @@ def test_waves_on_cuda_share_their_graphs(checkpoint, fresh_compiler):
         assert generate.generate(net, wave, [60, 9, 30], stop=(), decoder=decoder) == want
         seen.append(dict(decoder.graphs))
     assert seen[0] and all(seen[-1][key] is graph for key, graph in seen[0].items()) and len(seen[-1]) <= len(seen[0]) + 1
+
+
+@cuda
+@pytest.mark.parametrize("bits, group_size", ((8, None), (4, 32), (4, 128)))
+@torch.no_grad()
+def test_compiled_quantized_weights_on_cuda(bits, group_size, fresh_compiler):
+    """Every compiled form, at sizes that fill no whole tiles, against float32 products with the dequantized weights. Guards against
+    masks at the ends of rows, and products that leave their kernel in bfloat16 before they are added up."""
+    from model import compiled_weights
+
+    layer, _ = quantized_linear(bits, group_size, torch.bfloat16, inputs=11008, outputs=1000)
+    layer = layer.cuda()
+    call = compiled_weights(lambda layer, x: layer(x))
+    for rows in (1, 3, 16, 40, 200):
+        x = randn(rows, 11008, seed=rows, dtype=torch.bfloat16).cuda()
+        assert rel(call(layer, x).float(), x.float() @ layer.dequantized().float().mT + layer.bias.float()) < 6e-3, rows
