@@ -12,8 +12,10 @@ stdout is one JSON object; --json FILE writes it.
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -28,8 +30,8 @@ from torch.nn import functional as F
 
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
-from model import Block, ModelConfig, Transformer, rotate
-from quantize import group_codes
+from model import Block, ModelConfig, Transformer, rotate, shard
+from quantize import CHUNK, QuantizedLinear, group_codes, quantize_weight, weight_format
 
 SHAPES = {  # name -> B, H, Hk, T, D
     "mha": (16, 32, 32, 8192, 128),
@@ -54,6 +56,7 @@ MODELS = {
     "llama-2-7b": (ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 1 << 17), 16, 8192),
     "llama-3.1-8b": (ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 1 << 17, rope_theta=500000.0), 32, 16384),
 }
+LARGE = {"llama-3.1-70b": (ModelConfig(128256, 8192, 80, 64, 8, 128, 28672, 1 << 17, rope_theta=500000.0), 16, 8192)}  # decode, with --layers
 TINY = ModelConfig(512, 64, 2, 4, 2, 32, 128, 1 << 17)  # runs anywhere, in tests
 REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {})}  # many at once
 
@@ -215,35 +218,51 @@ class ExactFullCache(FullCache):
         return F.scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
 
 
-def random_model(config, device):
+def random_model(config, device, weights=None):
+    config = dataclasses.replace(config, weights=weight_format(weights) if weights else None)
+    if generate.processes() > 1:
+        config = shard(config, torch.distributed.get_rank(), generate.processes())
     with torch.device("meta"):
         model = Transformer(config)
     model.to(torch.bfloat16).to_empty(device=device)
     for p in model.parameters():
         p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            N, K = len(layer.packed), layer.packed.shape[1] * 32 // layer.bits
+            for rows in torch.arange(N).split(CHUNK // K):  # a small part at a time: what is quantized is all that stays
+                part = quantize_weight(torch.randn(len(rows), K, device=device, dtype=torch.bfloat16) * 0.02, layer.bits, K // layer.scale.shape[1])
+                for view, x in zip((layer.packed, layer.scale, layer.zero), part):
+                    view[rows[0] : rows[-1] + 1] = x
     freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     model.register_buffer("freq", freq, persistent=False)
     return model.eval().requires_grad_(False)
+
+
+def weight_bytes(model):
+    """Bytes of weights that a decode step reads: all but the embedding."""
+    tensors = [*model.named_parameters(), *((n, x) for n, x in model.named_buffers() if ".cache." not in n)]
+    return sum(x.nbytes for n, x in tensors if not n.startswith("embed"))
 
 
 def decode(args, device):
     """A whole decode step, random weights, beside its roofline: weights and KV bytes over the measured copy bandwidth."""
     bandwidth, results = copy_bandwidth(device), []
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    for name in args.models or MODELS:
-        config, B, T = MODELS[name]
+    for name, form in itertools.product(args.models or MODELS, args.weights):
+        config, B, T = {**MODELS, **LARGE}[name]
         B, T = args.batch or B, args.tokens or T
         if args.layers:
             config.n_layers = args.layers
-        model = random_model(config, device)
-        weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("embed"))
-        k, v = random_kv(B, config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
+        clear(device)
+        model = random_model(config, device, None if form == "bf16" else form)
+        weights = weight_bytes(model)
+        k, v = random_kv(B, model.config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
         for kv in args.caches or ["bf16", "kivi2", "kivi4"]:
             torch.compiler.reset()
             for layer in model.layers:
                 layer.cache = None
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            clear(device)
             capacity = args.capacity or T + 256
             model.setup_caches(B, capacity, kv)
             if kv == "bf16":
@@ -274,18 +293,18 @@ def decode(args, device):
             ms = statistics.median(times)
             kv_bytes = B * sum(layer.cache.traffic(T - 7) for layer in model.layers)
             floor = (weights + kv_bytes) / bandwidth * 1e3
-            results.append({"model": name, "batch": B, "tokens": T, "capacity": capacity, "kv": kv, "ms": ms, "tokens_per_s": B / ms * 1e3,
+            results.append({"model": name, "batch": B, "tokens": T, "capacity": capacity, "form": form, "kv": kv, "ms": ms, "tokens_per_s": B / ms * 1e3,
                             "weights": weights, "kv_bytes": kv_bytes, "floor_ms": floor, "first_step_s": cold,
                             "peak_GB": torch.cuda.max_memory_allocated() / 1e9})
-            say(f"  {name} B={B} T={T} {kv}: {ms:.2f} ms, {B / ms * 1e3:.0f} tokens/s, {100 * floor / ms:.0f} % of its roofline, first step {cold:.0f} s")
+            say(f"  {name} B={B} T={T} weights {form} {kv}: {ms:.2f} ms, {B / ms * 1e3:.0f} tokens/s, {100 * floor / ms:.0f} % of its roofline, first step {cold:.0f} s")
         del model, k, v, layer, decoder, graph
         torch.cuda.empty_cache()
-    print("\n| model | B | T | cache | ms | tokens/s | of its roofline | against bf16 | first step, s |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| model | B | T | weights | cache | ms | tokens/s | of its roofline | against bf16 | peak, GB | first step, s |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for r in results:
-        base = [x["ms"] for x in results if x["kv"] == "bf16" and x["model"] == r["model"]]
+        base = [x["ms"] for x in results if x["kv"] == x["form"] == "bf16" and x["model"] == r["model"]]
         r["ratio"] = base[0] / r["ms"] if base else None
-        print(f"| {r['model']} | {r['batch']} | {r['tokens']} | {r['kv']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {100 * r['floor_ms'] / r['ms']:.0f} % "
-              f"| {r['ratio'] and round(r['ratio'], 2)} | {r['first_step_s']:.0f} |")
+        print(f"| {r['model']} | {r['batch']} | {r['tokens']} | {r['form']} | {r['kv']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {100 * r['floor_ms'] / r['ms']:.0f} % "
+              f"| {r['ratio'] and round(r['ratio'], 2)} | {r['peak_GB']:.1f} | {r['first_step_s']:.0f} |")
     return {"copy_GB/s": bandwidth / 1e9, "rows": results}
 
 
@@ -906,7 +925,7 @@ STUDY = {  # the paper's findings in small, then what was tried beyond the paper
 def quality(args, device):
     """What a cache's bits cost, teacher-forced through the cache after an exact prefill: what decoding really reads."""
     begin, clock = time.perf_counter(), lambda: f"({time.perf_counter() - begin:.0f} s)"
-    model, tokenizer = generate.load(args.checkpoint, device, generate.DTYPES[args.dtype])
+    model, tokenizer = generate.load(args.checkpoint, device, generate.DTYPES[args.dtype], weights=args.weights)
     text = Path(args.text or generate.EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
     caches = {c: QUALITY.get(c, (c, {})) for c in dict.fromkeys([next(iter(QUALITY)), *(args.caches or QUALITY)])}
     rows = text_rows(tokenizer, text, args.prefill, args.rows, args.tokens or 512).to(device)
@@ -973,7 +992,7 @@ def quality(args, device):
               + "".join(f" {found(r, t, n)} |" for t, n in columns))
     if args.plot:
         pictures(list(results.values()), Path(args.plot), lengths)
-    return {"checkpoint": args.checkpoint or "tiny", "rows_of_text": len(target), "prefill": args.prefill, "scored": target.numel(),
+    return {"checkpoint": args.checkpoint or "tiny", "weights": args.weights, "rows_of_text": len(target), "prefill": args.prefill, "scored": target.numel(),
             "seconds": time.perf_counter() - begin, "rows": list(results.values())}
 
 
@@ -1026,7 +1045,8 @@ def main(argv=None):
     add("--caches", nargs="+", choices=CACHES, help="which caches (default: all)")
 
     add = command("decode")
-    add("--models", nargs="+", choices=MODELS, help="which models (default: all)")
+    add("--models", nargs="+", choices=[*MODELS, *LARGE], help=f"which models (default: {' '.join(MODELS)})")
+    add("--weights", nargs="+", default=["bf16"], help="bf16, int8, int4 or int4:G (default bf16)")
     add("--caches", nargs="+", metavar="KV", help="which caches, as --kv of generate.py (default bf16 kivi2 kivi4)")
     add("--batch", type=int)
     add("--tokens", type=int, help="tokens present")
@@ -1052,6 +1072,7 @@ def main(argv=None):
 
     add = command("quality")
     add("--checkpoint", help="as in generate.py")
+    add("--weights", help="as in generate.py")
     add("--caches", nargs="+", help="names of its table, other names of --kv or kvtuner:FILE")
     add("--text", help="text file (default: a held-out excerpt)")
     add("--rows", type=int, default=8, help="rows of text")
@@ -1068,6 +1089,8 @@ def main(argv=None):
     add("--dtype", choices=generate.DTYPES, default="float32", help="of the model")
     args = p.parse_args(argv)
     device = torch.device(args.device)
+    if generate.processes() > 1:
+        device = generate.join(device, args)
     torch.manual_seed(0)
     try:
         with torch.no_grad():
@@ -1075,9 +1098,11 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    if args.json:
+    result |= {"processes": generate.processes()} if generate.processes() > 1 else {}
+    if args.json and int(os.environ.get("RANK", 0)) == 0:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    generate.leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -106,8 +106,8 @@ def resolve(checkpoint=None, revision=None):
         raise ValueError(f"cannot download {repo}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
-def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
-    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted."""
+def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weights=None):
+    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted. weights: see `Transformer.from_pretrained`."""
     folder = resolve(checkpoint, revision)
     ModelConfig.from_folder(folder)  # what is wrong with it should be known first, and the weights take longest
     file = folder / "tokenizer.json"
@@ -121,7 +121,7 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None):
         raise ValueError(f"{file} is no valid tokenizer: {error}") from None
     _begin(tokenizer, folder)
     try:
-        return Transformer.from_pretrained(folder, device, dtype, lambda share: note(f"loading the weights: {share:.0%}")), tokenizer
+        return Transformer.from_pretrained(folder, device, dtype, weights, lambda share: note(f"loading the weights: {share:.0%}")), tokenizer
     finally:
         note()
 
@@ -241,7 +241,8 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(stream)
             self.token.copy_(token), self.model.cache.pos.copy_(pos)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # NCCL's own thread asks for events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local" if processes() > 1 else "global"):
                 self._step(blocks)
             self.pool = graph.pool()
             self.graphs[key] = graph
@@ -399,6 +400,10 @@ def reserve(model, batch, most, prompt, capacity, args, options):
     free = free_bytes(model.embed.weight.device)
     if free is not None:  # the weights are loaded already, and caches of a run before this one will be replaced
         free += need(1, capacity)["weights"] + (0 if model.cache is None else sum(layer.cache.nbytes for layer in model.layers))
+    if processes() > 1 and free is not None:  # all must choose the same batch
+        least = torch.tensor(float(free), device=model.embed.weight.device, dtype=torch.float64)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        free = int(least)
     if args.memory_gb is not None:
         free = min(free or float("inf"), args.memory_gb * 2**30)
     fits = lambda B, n, share=1.0: free is None or sum(need(B, n).values()) <= share * free
@@ -513,8 +518,8 @@ def waves(model, queue, batch, capacity, args, options, results, total):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        if batch == 1:
-            raise ValueError(f"out of memory with a batch of 1 and {capacity} tokens a row: shorten the prompts or --max-new-tokens") from None
+        if batch == 1 or processes() > 1:  # the others would wait for this one
+            raise ValueError(f"out of memory with a batch of {batch} and {capacity} tokens a row: shorten the prompts or --max-new-tokens") from None
         error.__traceback__ = None  # its frames hold the tensors of the step that failed
     for layer in model.layers:
         layer.cache = None
@@ -567,10 +572,14 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        line = " ".join([f"error: process {rank}:" if rank else "error:", *str(error).split()])
+        (sys.__stderr__ if rank else sys.stderr).write(line + "\n")  # at once: several processes may write
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # what was generated so far has been printed
+    finally:
+        leave()
 
 
 def parser():
@@ -579,6 +588,7 @@ def parser():
     g = p.add_argument_group("model")
     g.add_argument("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
     g.add_argument("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
+    g.add_argument("--weights", help="quantize the linear weights while loading: int8, int4 (groups of 32) or int4:G with G = 32, 64 or 128")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default on cuda)")
@@ -617,6 +627,8 @@ def run(args):
             raise ValueError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
     try:
         device = torch.device(args.device)
+        if processes() > 1:
+            device = join(device, args)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -628,7 +640,7 @@ def run(args):
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
-    model, tokenizer = load(folder, device, dtype)
+    model, tokenizer = load(folder, device, dtype, weights=args.weights)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if args.prompts:
@@ -652,6 +664,33 @@ def run(args):
             del messages[:2]
             ids = encode(tokenizer, messages, render)
         messages.append({"role": "assistant", "content": answer(model, tokenizer, ids, args, "" if args.chat else prompt)})
+
+
+def processes():
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device, args):
+    """Joins the processes of torchrun, which share the model's heads; returns this one's device. Only the first prints."""
+    if getattr(args, "interactive", False):
+        raise ValueError(f"--interactive reads from one process, torchrun started {processes()}")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=5))  # a process that dies must not leave the others waiting
+    if torch.distributed.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return device
+
+
+def leave():
+    if processes() > 1:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def batch_size(text):

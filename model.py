@@ -9,7 +9,7 @@ compiled.
 """
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, floor, log, pi
 from pathlib import Path
@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, slices
+from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, launches, slices
+from quantize import CHUNK, DOTS, QuantizedLinear, quantize_weight, weight_format
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
     "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
@@ -61,6 +63,9 @@ class ModelConfig:
     windows: tuple = ()  # of attention, layer by layer, in tokens; None reads everything
     names: str = "llama"  # key of NAMES
     eos: tuple = ()
+    ranks: tuple = (0, 1)  # this process and how many share the heads and the hidden channels, see `shard`
+    whole: tuple = ()  # heads, KV heads and hidden channels of all processes together
+    weights: tuple = None  # (bits, group size) of the layers' linear weights, None for full precision
 
     @classmethod
     def from_folder(cls, folder):
@@ -96,6 +101,7 @@ class ModelConfig:
                 **{"qkv_bias": bias, "o_bias": bias, "mlp_bias": raw.get("mlp_bias", False), **own},
             )
             config.check()
+            config.weights = _quantization(raw.get("quantization_config"))
             rope_frequencies(config)  # a missing entry should be known before the weights are read
         except KeyError as error:
             raise ValueError(f"{folder}/config.json has no entry {error}") from None
@@ -150,6 +156,17 @@ def _rope(raw):
     if part != 1:
         raise ValueError(f"partial_rotary_factor {part} is not supported: only models that rotate whole heads (1.0) are")
     return rope
+
+
+def _quantization(entry):
+    """(bits, group size) of a checkpoint that `python quantize.py` wrote, None for full precision."""
+    if not entry:
+        return None
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if method != "kivi-weights":
+        raise ValueError(f"weights quantized by {method} are not supported: use the model's original checkpoint, and --weights int8 or int4")
+    bits, group_size = entry["bits"], entry["group_size"]
+    return weight_format(f"int{bits}" if group_size is None else f"int{bits}:{group_size}")
 
 
 def read_json(path):
@@ -234,13 +251,30 @@ def causal(q, k, v, window=None, chunk=512):
     return out
 
 
+def shard(c, rank, n):
+    """The config of one of n processes: its share of the heads, KV heads and hidden channels. KV heads fewer than processes are kept by several."""
+    if n == 1:
+        return c
+    if c.n_heads % n or c.hidden_dim % n or c.n_kv_heads % n and (n % c.n_kv_heads or c.names.startswith("falcon")):
+        raise ValueError(f"{c.n_heads} heads, {c.n_kv_heads} KV heads and {c.hidden_dim} hidden channels cannot be divided among {n} processes")
+    if c.weights:
+        raise ValueError(f"quantized weights run in one process, not in {n}: leave out torchrun or --weights")
+    return replace(c, n_heads=c.n_heads // n, n_kv_heads=max(1, c.n_kv_heads // n), hidden_dim=c.hidden_dim // n, ranks=(rank, n),
+                   whole=(c.n_heads, c.n_kv_heads, c.hidden_dim))
+
+
+def linear(c, inputs, outputs, bias):
+    """A linear layer in the precision of the config."""
+    return nn.Linear(inputs, outputs, bias=bias) if c.weights is None else QuantizedLinear(inputs, outputs, *c.weights, bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
         self.sizes = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        self.wqkv = nn.Linear(c.dim, sum(self.sizes), bias=c.qkv_bias)
-        self.wo = nn.Linear(self.sizes[0], c.dim, bias=c.o_bias)
+        self.wqkv = linear(c, c.dim, sum(self.sizes), c.qkv_bias)
+        self.wo = linear(c, self.sizes[0], c.dim, c.o_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
@@ -259,8 +293,8 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.act, self.gated = ACTIVATIONS[c.act], c.gated
-        self.w_in = nn.Linear(c.dim, (1 + c.gated) * c.hidden_dim, bias=c.mlp_bias)  # gate and up in one product
-        self.w_out = nn.Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
+        self.w_in = linear(c, c.dim, (1 + c.gated) * c.hidden_dim, c.mlp_bias)  # gate and up in one product
+        self.w_out = linear(c, c.hidden_dim, c.dim, c.mlp_bias)
 
     def forward(self, x):
         if not self.gated:
@@ -309,9 +343,13 @@ class Block(nn.Module):
     def after(self, x, y):
         """What follows attention: x [B, T, dim], y [B, H, T, D] -> [B, T, dim]."""
         if self.parallel:
-            return x + self.attention.out(y) + self.mlp(self.mlp_norm(x))
-        x = x + self.attention.out(y)
-        return x + self.mlp(self.mlp_norm(x))
+            return x + self.reduce(self.attention.out(y) + self.mlp(self.mlp_norm(x)))
+        x = x + self.reduce(self.attention.out(y))
+        return x + self.reduce(self.mlp(self.mlp_norm(x)))
+
+    def reduce(self, x):
+        """The sum over the processes that share a layer."""
+        return x if self.attention.c.ranks[1] == 1 else all_reduce(x, "sum", "0")  # the group of all processes
 
 
 class Transformer(nn.Module):
@@ -321,18 +359,26 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(Block(c, window) for window in c.windows or [None] * c.n_layers)
         self.norm, self.rope_scale = norm(c), 1.0
-        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.decode_block, self.flush_block = Block.decode, _flush
+        # Of small weights a head in full precision would be the largest part; one tied to the embedding stays as it is.
+        self.head = QuantizedLinear(c.dim, c.vocab_size, 8) if c.weights and not c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.decode_block, self.flush_block, self.top = Block.decode, _flush, _top
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, progress=None):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, weights=None, progress=None):
         """Loads a Hugging Face checkpoint folder (single or sharded safetensors) onto `device` in `dtype`.
 
-        progress  called with the share of the tensors that are there, 0 .. 1, after each of them
-        raises ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
+        weights  "int8", "int4" or "int4:G" (see quantize.py) quantizes the linear weights of the layers as they are read, one
+                 tensor at a time; a checkpoint that `python quantize.py` wrote has its own
+        progress called with the share of the tensors that are there, 0 .. 1, after each of them
+        raises   ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
         """
         config = ModelConfig.from_folder(folder)
+        if weights and config.weights:
+            raise ValueError(f"{folder} holds quantized weights already: leave out --weights {weights}")
+        config.weights = weight_format(weights) if weights else config.weights
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            config = shard(config, torch.distributed.get_rank(), torch.distributed.get_world_size())
         try:
             with torch.device("meta"):
                 model = cls(config)
@@ -424,6 +470,7 @@ class Transformer(nn.Module):
             for name, n in layer.items():
                 parts[name] += n
         rest = batch * c.vocab_size * (2 * dtype.itemsize + 12)  # logits, and sampling in float32
+        rest += min(CHUNK, c.dim * max(c.hidden_dim * 2, c.vocab_size)) * (2 * dtype.itemsize + 4) if c.weights else 0  # written out
         rest += 2**27 if self.embed.weight.is_cuda else 0  # workspaces of the libraries
         step = self._decode_bytes(batch, max_len, configs[0])
         return parts | {"activations": int(max(self._prefill_bytes(batch, prompt, configs[0]), step) + rest)}
@@ -509,7 +556,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = self.decode_block(layer, x, cos, sin, pos, blocks)
         pos += 1
-        return self.head(self.norm(x[:, 0]))
+        return self.top(self.norm, self.head, x[:, 0])
 
     @torch.no_grad()
     def flush(self):
@@ -522,11 +569,16 @@ class Transformer(nn.Module):
         compiled = lambda fn: torch.compile(fn, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation for every pair of bits
         self.flush_block = compiled(_flush)
+        quantized = self.config.weights is not None
+        if quantized:
+            self.top = compiled(_top)
         if self.embed.weight.device.type != "cuda":
             self.decode_block = compiled(Block.decode)
             return
         # Attention alone gets the options that suit it; a CUDA graph joins the parts, so the seams cost nothing.
-        before, after, attention = compiled(Block.before), compiled(Block.after), {}
+        parts = Block.before, Block.after, _top
+        before, after, top = map(compiled_weights if quantized else compiled, parts)
+        self.top, attention = top if quantized else _top, {}
 
         def decode_block(layer, x, cos, sin, pos, blocks):
             kind = type(layer.cache)
@@ -558,6 +610,60 @@ def layer_bits(file, n_layers):
 
 def _flush(layer, pos):
     layer.cache.flush(pos)
+
+
+def _top(norm, head, x):
+    return head(norm(x))
+
+
+SUMS = {"XBLOCK": 4, "R0_BLOCK": 512, "num_warps": 4, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
+PRODUCTS = {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 2}  # and with more: y outputs, x rows
+
+
+def compiled_weights(fn):
+    """`fn`, compiled so that a QuantizedLinear reads its packed words in the kernel that multiplies (Inductor's native_matmul)."""
+    from torch._inductor.virtualized import V
+
+    limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
+    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits}
+    few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
+    choices = weight_launches()
+
+    def call(*args):
+        rows = next(len(x) for x in args if torch.is_tensor(x))
+        with V.set_choices_handler(choices):  # attention, compiled in between, has its own
+            return (few if rows <= DOTS else many)(*args)
+
+    return call
+
+
+def weight_launches():
+    """Inductor's choices for `compiled_weights`: kivi.launches, but for kernels that read packed words, with fixed launches of their own."""
+    from torch._inductor.codegen.triton import FixedTritonConfig
+    from torch._inductor.virtualized import V
+
+    base = type(launches())
+
+    def packed(features):
+        reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
+        return features.is_reduction() and torch.int32 in {V.graph.get_dtype(r) for r in reads}
+
+    class WeightLaunches(base):
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            if not packed(features):
+                return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
+            rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
+            launch = SUMS if rows is None else {**PRODUCTS, "XBLOCK": 16 if rows <= 16 else 32}
+            return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
+
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            return not packed(features) and base.should_use_persistent_reduction(features, cooperative_reduction)
+
+        def uuid(self):
+            return f"kivi-weights-1 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+
+    return WeightLaunches()
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------------
@@ -600,11 +706,13 @@ NAMES = {  # outside the layers, prefix of a layer, inside it
 
 def _targets(model):
     """Where each tensor of a checkpoint goes: Hugging Face name -> views of a parameter, in the order of the tensor's rows."""
-    params, c, targets = dict(model.named_parameters()), model.config, {}
+    params, c, targets, shares = {**dict(model.named_parameters()), **dict(model.named_buffers())}, model.config, {}, {}
     splits = {"attention.wqkv": model.layers[0].attention.sizes, "mlp.w_in": (c.hidden_dim, c.hidden_dim)}
 
     def add(hf, name, part, split):
-        for kind in ("weight", "bias"):
+        if c.ranks[1] > 1:
+            shares[f"{hf}.weight"] = shares[f"{hf}.bias"] = _share(c, name.split(".", 2)[-1], part)
+        for kind in ("weight", "bias", "packed", "scale", "zero"):
             if f"{name}.{kind}" in params:
                 p = params[f"{name}.{kind}"].data
                 parts = [p] if part is None else p.split(split)
@@ -619,7 +727,22 @@ def _targets(model):
     for i in range(c.n_layers):
         for hf, (name, part) in inside.items():
             add(f"{prefix}.{i}.{hf}", f"layers.{i}.{name}", part, splits.get(name))
-    return targets
+    return targets, shares
+
+
+def _share(c, name, part):
+    """Where the rows of this process lie in a tensor of the checkpoint, one first row for every view that `add` fills; "columns" where
+    its columns do; None for a tensor that every process holds."""
+    (rank, n), (H, Hk, hidden), D = c.ranks, c.whole, c.head_dim
+    if name in ("attention.wo", "mlp.w_out"):
+        return "columns"
+    if name not in ("attention.wqkv", "mlp.w_in"):
+        return None
+    if part == "groups":
+        return [rank * c.n_kv_heads * (H // Hk + 2) * D]
+    sizes, first = ((H * D, Hk * D, Hk * D), [rank * c.n_heads * D, *[rank * Hk // n * D] * 2]) if name == "attention.wqkv" else (
+        (hidden,) * (1 + c.gated), [rank * c.hidden_dim] * (1 + c.gated))
+    return [first[part]] if isinstance(part, int) else [sum(sizes[:i]) + x for i, x in enumerate(first)]
 
 
 def _weight_files(folder):
@@ -635,7 +758,7 @@ def _weight_files(folder):
 
 def _load(model, folder, progress=None):
     """Copies every tensor of the checkpoint into the model, one at a time; reports all missing and unexpected names at once."""
-    targets, device = _targets(model), str(model.embed.weight.device)
+    (targets, shares), device = _targets(model), str(model.embed.weight.device)
     missing, unexpected = set(targets), []
     for file in _weight_files(folder):
         if not file.exists():
@@ -646,26 +769,50 @@ def _load(model, folder, progress=None):
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
             for name in names:
-                if name not in targets:
-                    if not name.endswith("rotary_emb.inv_freq") and not (model.config.tied and name == "lm_head.weight"):
+                layer = name.removesuffix("weight")
+                small = name not in targets and layer + "packed" in targets  # to be quantized
+                views = targets.get(layer + "packed" if small else name)
+                if views is None:
+                    if not name.endswith("rotary_emb.inv_freq") and not (model.config.tied and name.startswith("lm_head.")):
                         unexpected.append(name)
                     continue
                 with safe_open(file, framework="pt", device=device) as tensors:  # anew: what is mapped counts as our memory
-                    tensor = tensors.get_tensor(name)
-                rows = [len(view) for view in targets[name]]
-                shape = (sum(rows), *targets[name][0].shape[1:])
-                if tensor.shape != shape:
-                    raise ValueError(f"{name} in {file.name} has shape {tuple(tensor.shape)}, config.json asks for {shape}")
-                for view, part in zip(targets[name], tensor.split(rows)):
-                    view.copy_(part)
-                missing.discard(name)
+                    tensor = _slice(tensors.get_slice(name), views, shares[name], model.config.ranks) if shares.get(name) else tensors.get_tensor(name)
+                bits, group_size = (32, None) if not small else (8, None) if layer == "lm_head." else model.config.weights
+                shape = (sum(map(len, views)), *(n * 32 // bits for n in views[0].shape[1:]))
+                if tensor.shape != shape or tensor.is_floating_point() != (small or views[0].is_floating_point()):
+                    raise ValueError(f"{name} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, config.json asks for {shape}")
+                parts = {name: tensor}
+                if small:
+                    parts = quantize_weight(tensor.to(model.embed.weight.dtype), bits, group_size)
+                    parts = {layer + kind: part for kind, part in zip(("packed", "scale", "zero"), parts)}
+                for target, part in parts.items():
+                    for view, rows in zip(targets[target], part.split([len(view) for view in targets[target]])):
+                        view.copy_(rows)
+                    missing.discard(target)
                 if progress:
                     progress(1 - len(missing) / len(targets))
-                del tensor, part
+                del tensor, parts, part, rows
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or truncated ({error}): download it again") from None
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its config.json; missing: {_some(missing)}; unexpected: {_some(unexpected)}")
+
+
+def _slice(tensor, views, share, ranks):
+    """What this process holds of a tensor in a file, read from there alone. raises ValueError: the tensor ends before it"""
+    shape, (rank, n) = tensor.get_shape(), ranks
+    if share == "columns":
+        if len(shape) == 1:  # the bias of a sum over processes counts once
+            return tensor[:] if rank == 0 else torch.zeros_like(tensor[:])
+        if shape[1] % n:
+            raise ValueError(f"{shape[1]} columns of a tensor cannot be divided among {n} processes")
+        width = shape[1] // n
+        return tensor[:, rank * width : (rank + 1) * width]
+    rows = [len(view) for view in views]
+    if len(share) < len(rows):  # the groups of Falcon lie together
+        share = [share[0] + sum(rows[:i]) for i in range(len(rows))]
+    return torch.cat([tensor[a : a + b] for a, b in zip(share, rows)])
 
 
 def _some(names):
