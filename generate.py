@@ -106,8 +106,8 @@ def resolve(checkpoint=None, revision=None):
         raise ValueError(f"cannot download {repo}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
-def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weights=None):
-    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted. weights: see `Transformer.from_pretrained`."""
+def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weights=None, ranks=(0, 1)):
+    """(model, tokenizer) of a checkpoint: folder, hub id, short name, or the embedded one when omitted; the rest as in `Transformer.from_pretrained`."""
     folder = resolve(checkpoint, revision)
     ModelConfig.from_folder(folder)  # what is wrong with it should be known first, and the weights take longest
     file = folder / "tokenizer.json"
@@ -121,7 +121,7 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weig
         raise ValueError(f"{file} is no valid tokenizer: {error}") from None
     _begin(tokenizer, folder)
     try:
-        return Transformer.from_pretrained(folder, device, dtype, weights, lambda share: note(f"loading the weights: {share:.0%}")), tokenizer
+        return Transformer.from_pretrained(folder, device, dtype, weights, lambda share: note(f"loading the weights: {share:.0%}"), ranks), tokenizer
     finally:
         note()
 
@@ -640,7 +640,8 @@ def run(args):
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
-    model, tokenizer = load(folder, device, dtype, weights=args.weights)
+    ranks = (torch.distributed.get_rank(), processes()) if processes() > 1 else (0, 1)
+    model, tokenizer = load(folder, device, dtype, weights=args.weights, ranks=ranks)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if args.prompts:

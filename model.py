@@ -365,20 +365,20 @@ class Transformer(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, weights=None, progress=None):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, weights=None, progress=None, ranks=(0, 1)):
         """Loads a Hugging Face checkpoint folder (single or sharded safetensors) onto `device` in `dtype`.
 
         weights  "int8", "int4" or "int4:G" (see quantize.py) quantizes the linear weights of the layers as they are read, one
                  tensor at a time; a checkpoint that `python quantize.py` wrote has its own
         progress called with the share of the tensors that are there, 0 .. 1, after each of them
+        ranks    this process and how many share the model, see `shard`; torch.distributed must be set up for them
         raises   ValueError: a file is missing, truncated or holds other tensors than `config.json` describes
         """
         config = ModelConfig.from_folder(folder)
         if weights and config.weights:
             raise ValueError(f"{folder} holds quantized weights already: leave out --weights {weights}")
         config.weights = weight_format(weights) if weights else config.weights
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            config = shard(config, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        config = shard(config, *ranks)
         try:
             with torch.device("meta"):
                 model = cls(config)
