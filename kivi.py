@@ -665,7 +665,6 @@ def compiled_attention(kind, device):
         return torch.compile(kind.attention, fullgraph=True)
     from torch._inductor.virtualized import V
 
-    V.set_choices_handler(launches())  # what an earlier compilation of this process has chosen would stay in force
     options = {
         "triton.native_matmul": True,
         "triton.enable_pdl": True,  # a kernel starts while the one before it ends: 5 of 42 us at B = 1
@@ -677,7 +676,13 @@ def compiled_attention(kind, device):
         "shape_padding": False,
         "loop_ordering_after_fusion": False,  # else some sums of products stay outside the products' kernel
     }
-    return torch.compile(_half_attention, fullgraph=True, options=options)
+    attention, choices = torch.compile(_half_attention, fullgraph=True, options=options), launches()
+
+    def call(cache, q, pos, blocks):
+        with V.set_choices_handler(choices):  # Inductor keeps the first it meets in a process; and this one is for attention alone
+            return attention(cache, q, pos, blocks)
+
+    return call
 
 
 def _half_attention(cache, q, pos, blocks):

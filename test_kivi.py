@@ -2546,6 +2546,18 @@ def test_the_shares_of_two_processes_add_up_to_the_layer(family, tmp_path):
 
 # ---- CUDA -------------------------------------------------------------------------------------------------------------------------
 
+def test_compiling_attention_leaves_inductor_as_it_was():
+    """Who copies the two files compiles other things in the same process. Guards against launches that stay in force for all of them."""
+    from torch._inductor.virtualized import V
+
+    before = type(V.choices)
+    attention = kivi.compiled_attention(KiviCache, "cuda")
+    assert type(V.choices) is before
+    with pytest.raises(Exception):  # no cache: nothing is compiled, but the call has been entered and left
+        attention(None, torch.zeros(1), None, None)
+    assert type(V.choices) is before
+
+
 @cuda
 @pytest.mark.parametrize("name", CASES)
 def test_attend_on_cuda(name, fresh_compiler):
