@@ -459,7 +459,7 @@ def throughput(args, device):
     cap(device, budget)
     for name in args.models or MODELS:
         model = random_model(shape(args, name), device)
-        weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("embed"))
+        weights = weight_bytes(model)
         for prompt, output in loads(args):
             other = {}
             for label in args.caches or REQUESTS:
@@ -471,7 +471,7 @@ def throughput(args, device):
                     continue
                 other[label] = top
                 lengths = [prompt + round(i * (output - 1) / 3) for i in range(4)]
-                batches = args.batches or sample_batches(top, other.get("bf16", 0), args.curve)
+                batches = list(args.batches or sample_batches(top, other.get("bf16", 0), args.curve))
                 while batches:
                     batch = batches.pop(0)
                     r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest": batch == top}
@@ -859,7 +859,7 @@ def text_rows(tokenizer, text, prefill, rows, tokens):
     """[rows, prefill + n] windows of a text that overlap by their prefill, so that no token is scored twice; n <= tokens."""
     start, ids = tokenizer.encode("").ids, tokenizer.encode(text, add_special_tokens=False).ids
     prefill -= len(start)
-    n = min(tokens, (len(ids) - prefill) // rows)
+    n = min(tokens, (len(ids) - prefill) // rows) if rows > 0 else 0
     if n < 1:
         raise ValueError(f"a text of {len(ids)} tokens does not give {rows} rows after a prefill of {prefill}: use fewer --rows")
     return torch.tensor([start + ids[i * n : i * n + prefill + n] for i in range(rows)])
@@ -1088,11 +1088,19 @@ def main(argv=None):
     add("--plot", metavar="DIR", help="draw the results (needs matplotlib)")
     add("--dtype", choices=generate.DTYPES, default="float32", help="of the model")
     args = p.parse_args(argv)
-    device = torch.device(args.device)
-    if generate.processes() > 1:
-        device = generate.join(device, args)
-    torch.manual_seed(0)
     try:
+        try:
+            device = torch.device(args.device)
+            if generate.processes() > 1:
+                device = generate.join(device, args)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if args.what == "decode" and device.type != "cuda":
+            raise ValueError("decode measures CUDA graphs: it needs --device cuda")
+        if args.json:
+            open(args.json, "ab").close()  # what cannot be written should be known before hours of measuring
+        torch.manual_seed(0)
         with torch.no_grad():
             result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
     except (ValueError, OSError) as error:

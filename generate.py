@@ -180,7 +180,7 @@ def chat_template(folder):
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None):
     """Next token of each row: logits [B, V] -> [B]. Temperature 0 is the argmax. No sync, so a CUDA graph can hold it."""
-    if temperature == 0:
+    if temperature < 1e-5:  # logits over less would overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -189,7 +189,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None:
         ordered, order = probs.sort(descending=True)
-        drop = ordered.cumsum(-1) - ordered >= top_p  # the first token always stays
+        drop = ordered.cumsum(-1) - ordered >= top_p
+        drop[..., 0] = False  # the first token always stays
         probs = probs.scatter(-1, order, ordered.masked_fill(drop, 0))
     # Exponential noise and argmax draw from probs without the sync that torch.multinomial needs.
     return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
@@ -439,7 +440,7 @@ class Job:
     limit: int  # new tokens
 
 
-def read_prompts(file, model, tokenizer, args):
+def read_prompts(file, model, tokenizer, args, render=None):
     """The Jobs of a prompts file: one prompt a line, or JSONL where the first line begins with "{". Empty lines are skipped.
 
     A line that cannot be used is reported on stderr with its number; it takes an index as well.
@@ -454,7 +455,7 @@ def read_prompts(file, model, tokenizer, args):
             if not isinstance(prompt, str) or not prompt:
                 raise ValueError('no "prompt" with text')
             prompt.encode()  # half of a surrogate pair passes JSON
-            ids = tokenizer.encode(prompt).ids
+            ids = encode(tokenizer, [{"role": "user", "content": prompt}], render)
             limit = item.get("max_new_tokens", args.max_new_tokens)
             limit = max(1, min(200, context - len(ids))) if limit is None else limit
             if type(limit) is not int or limit < 1:
@@ -469,13 +470,13 @@ def read_prompts(file, model, tokenizer, args):
     return jobs
 
 
-def answer_all(model, tokenizer, args):
+def answer_all(model, tokenizer, args, render=None):
     """Continues the prompts of a file in waves of one batch size and one capacity, and prints the results in the file's order.
 
     What was finished is printed also when the run ends early.
     """
     torch.manual_seed(args.seed)
-    jobs = read_prompts(args.prompts, model, tokenizer, args)
+    jobs = read_prompts(args.prompts, model, tokenizer, args, render)
     options = cache_options(args)
     capacity, longest = max(len(j.ids) + j.limit for j in jobs), max(len(j.ids) for j in jobs)
     batch = reserve(model, args.batch_size, len(jobs), longest, capacity, args, options)
@@ -539,7 +540,7 @@ def report(model, tokenizer, jobs, results, batch, capacity, total, args):
         if args.json:
             print(json.dumps({"index": j.index, "prompt": j.prompt, "text": text, "prompt_tokens": len(j.ids), "new_tokens": len(new)}))
         else:
-            print(f"--- {j.index}\n{j.prompt}{text}")
+            print(f"--- {j.index}\n{'' if args.chat else j.prompt}{text}")
     c, decode_s = model.config, total["decode_s"]
     result = {
         "text": "", "prompts": len(jobs), "finished": len(done), "batch_size": batch, "waves": total["waves"],
@@ -630,6 +631,8 @@ def run(args):
         if processes() > 1:
             device = join(device, args)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     if args.profile:
@@ -637,7 +640,10 @@ def run(args):
             raise ValueError(f"--profile is for one prompt: leave out --{'prompts' if args.prompts else 'interactive'}")
         open(args.profile, "ab").close()  # what cannot be written should be known before the weights are read
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
+    try:
+        prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.prompt_file} is no text in UTF-8: {error}") from None
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
     ranks = (torch.distributed.get_rank(), processes()) if processes() > 1 else (0, 1)
@@ -645,7 +651,7 @@ def run(args):
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if args.prompts:
-        return answer_all(model, tokenizer, args)
+        return answer_all(model, tokenizer, args, render)
     if not args.interactive:
         prompt = "Once upon a time" if prompt is None else prompt
         answer(model, tokenizer, encode(tokenizer, [{"role": "user", "content": prompt}], render), args, "" if args.chat else prompt)
@@ -659,7 +665,13 @@ def run(args):
         if not prompt:
             continue
         messages.append({"role": "user", "content": prompt})
-        ids, context = encode(tokenizer, messages, render), model.config.max_len
+        context = model.config.max_len
+        try:
+            ids = encode(tokenizer, messages, render)
+        except UnicodeEncodeError as error:  # a line that cannot be used does not end the conversation
+            print("error:", error, file=sys.stderr)
+            messages.pop()
+            continue
         while len(ids) + (args.max_new_tokens or min(200, context // 2)) > context and len(messages) > 2:
             print(f"forgetting the oldest turn: the context holds {context} tokens", file=sys.stderr)
             del messages[:2]
@@ -704,9 +716,9 @@ def cache_options(args):
 
 def encode(tokenizer, messages, render=None):
     """Tokens of a conversation: through the chat template `render`, which writes BOS itself, or as one text, a line a turn."""
-    if render is not None:
-        return tokenizer.encode(render(messages), add_special_tokens=False).ids
-    return tokenizer.encode("".join(m["content"] + "\n" * (m["role"] == "assistant") for m in messages)).ids
+    text = render(messages) if render is not None else "".join(m["content"] + "\n" * (m["role"] == "assistant") for m in messages)
+    text.encode()  # bytes that are no UTF-8 come as halves of surrogate pairs: a ValueError
+    return tokenizer.encode(text, add_special_tokens=render is None).ids
 
 
 def answer(model, tokenizer, ids, args, echo):
@@ -714,7 +726,13 @@ def answer(model, tokenizer, ids, args, echo):
     torch.manual_seed(args.seed)
     new = args.max_new_tokens or max(1, min(200, model.config.max_len - len(ids)))
     options, capacity = cache_options(args), room(model, len(ids) + new)
-    reserve(model, 1, 1, len(ids), capacity, args, options)
+    try:
+        reserve(model, 1, 1, len(ids), capacity, args, options)
+    except ValueError:
+        if capacity == len(ids) + new:
+            raise
+        capacity = len(ids) + new  # without the rounding it may fit
+        reserve(model, 1, 1, len(ids), capacity, args, options)
     model.setup_caches(1, capacity, args.kv, **options)
     stream, text, stats = DecodeStream(ids=ids), [], {}
     profiler = profile(args.profile, new) if args.profile else None
@@ -813,7 +831,8 @@ def profile(file, new):
     if new < WAIT + PROFILED:
         raise ValueError(f"--profile needs {WAIT + PROFILED} new tokens, this run makes {new}: raise --max-new-tokens or shorten the prompt")
     schedule = torch.profiler.schedule(wait=WAIT - 2, warmup=1, active=PROFILED, repeat=1)
-    return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(file)))
+    write = lambda p: None if int(os.environ.get("RANK", 0)) else p.export_chrome_trace(str(file))  # one file, not one a process
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 
 
 def peak_bytes(device):
