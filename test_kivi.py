@@ -1424,6 +1424,8 @@ def test_sampling_follows_its_distribution():
     assert p[0] < 0.8 < p[:2].sum()
     assert torch.allclose(shares(temperature=1.0, top_p=0.8), torch.cat([top2, torch.zeros(3)]), atol=0.015)
     assert shares(temperature=1.0, top_p=0.01)[0] == shares(temperature=1.0, top_k=1)[0] == shares(temperature=0)[0] == 1
+    logits = logits.flip(0)  # the most likely is not the first
+    assert shares(temperature=1.0, top_p=0.0)[4] == shares(temperature=1e-40)[4] == 1
 
 
 def test_sampling_is_repeatable(model):

@@ -507,6 +507,17 @@ def test_chat_puts_the_prompt_into_the_template(chat_folder, capsys, monkeypatch
     assert out.splitlines()[0] == " Hello." and json.loads(out.splitlines()[-1])["text"] == " Hello."
 
 
+def test_chat_puts_every_prompt_of_a_file_into_the_template(chat_folder, capsys):
+    """Guards against a template that only single prompts go through."""
+    tokenizer = byte_tokenizer()
+    folder = chat_folder(tokenizer, add_bos_token=True, **INST)
+    (folder / "prompts.txt").write_text("Hi\n")
+    code, out, err = run(capsys, "--checkpoint", folder, "--chat", "--prompts", folder / "prompts.txt", "--json", "--max-new-tokens", 4)
+    want = tokenizer.encode("<s>[INST] Hi [/INST]", add_special_tokens=False).ids
+    assert code == 0 and json.loads(out.splitlines()[0])["prompt_tokens"] == len(want)
+
+
+
 @pytest.mark.parametrize("chat", (True, False))
 def test_a_conversation_keeps_its_history(chat, chat_folder, capsys, monkeypatch):
     """Three turns; the second answer is interrupted with Ctrl-C. Guards against forgotten turns, against a Ctrl-C that ends the program,

@@ -53,6 +53,22 @@ def run(*args, out=None, err=None):
     return code, out.getvalue(), err.getvalue()
 
 
+def test_a_prompt_that_is_no_text_gets_one_line():
+    """Bytes that are no UTF-8 reach Python as halves of surrogate pairs. Guards against a traceback from the tokenizer."""
+    for args in (("--prompt", "a\udcff"), ("--prompt-file", ROOT / "tiny" / "model.safetensors")):
+        code, out, err = run(*args)
+        assert code == 2 and err.startswith("error:") and err.count("\n") == 1
+
+
+def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypatch):
+    """Guards against a refusal of what fits, in a compiled run, which rounds capacities up."""
+    as_compiled(monkeypatch)
+    args = ("--compile", "--max-new-tokens", 30, "--temperature", 0, "--memory-gb")
+    code, out, err = run(*args, 0.0290)
+    assert code == 0 and run(*args, 1)[1] == out
+    assert run(*args, 0.001)[0] == 2
+
+
 def as_compiled(monkeypatch, compiled=lambda layer, *args: Block.decode(layer, *args)):
     """Lets --compile do as good as nothing: the program cannot tell, and no test waits for Inductor."""
     monkeypatch.setattr(Transformer, "compile", lambda self: setattr(self, "decode_block", compiled))
