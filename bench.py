@@ -58,7 +58,7 @@ MODELS = {
 }
 LARGE = {"llama-3.1-70b": (ModelConfig(128256, 8192, 80, 64, 8, 128, 28672, 1 << 17, rope_theta=500000.0), 16, 8192)}  # decode, with --layers
 TINY = ModelConfig(512, 64, 2, 4, 2, 32, 128, 1 << 17)  # runs anywhere, in tests
-REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {})}  # many at once
+REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {}), "kivi2+": ("kivi2+", {})}  # many at once
 
 
 def say(*text):
@@ -258,7 +258,7 @@ def decode(args, device):
         model = random_model(config, device, None if form == "bf16" else form)
         weights = weight_bytes(model)
         k, v = random_kv(B, model.config.n_kv_heads, T, config.head_dim, device, torch.bfloat16)
-        for kv in args.caches or ["bf16", "kivi2", "kivi4"]:
+        for kv in args.caches or ["bf16", "kivi2", "kivi2+", "kivi4"]:
             torch.compiler.reset()
             for layer in model.layers:
                 layer.cache = None
@@ -1047,7 +1047,7 @@ def main(argv=None):
     add = command("decode")
     add("--models", nargs="+", choices=[*MODELS, *LARGE], help=f"which models (default: {' '.join(MODELS)})")
     add("--weights", nargs="+", default=["bf16"], help="bf16, int8, int4 or int4:G (default bf16)")
-    add("--caches", nargs="+", metavar="KV", help="which caches, as --kv of generate.py (default bf16 kivi2 kivi4)")
+    add("--caches", nargs="+", metavar="KV", help="which caches, as --kv of generate.py (default bf16 kivi2 kivi2+ kivi4)")
     add("--batch", type=int)
     add("--tokens", type=int, help="tokens present")
     add("--capacity", type=int, help="capacity of the cache (default: a little more than the tokens present)")

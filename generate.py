@@ -676,6 +676,10 @@ def run(args):
             print(f"forgetting the oldest turn: the context holds {context} tokens", file=sys.stderr)
             del messages[:2]
             ids = encode(tokenizer, messages, render)
+        if len(ids) >= context:
+            print(f"error: {len(ids)} tokens leave no room in the context of {context}: a shorter line, please", file=sys.stderr)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer(model, tokenizer, ids, args, "" if args.chat else prompt)})
 
 

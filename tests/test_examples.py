@@ -10,21 +10,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-import generate  # noqa: E402
-from kivi import KiviCache  # noqa: E402
+import generate
+from kivi import KiviCache
 
 TEXTS = ["Once upon a time there was a king, and the king had", "The sea", "It was a dark night and the old man went down to the"]
 SMALL = dict(group_size=16, residual=32)  # most of these texts is quantized
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_attention_only_runs_and_its_error_is_that_of_the_bits(tmp_path):

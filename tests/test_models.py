@@ -16,26 +16,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import generate  # noqa: E402
-import model as model_file  # noqa: E402
-from kivi import FullCache, KiviCache  # noqa: E402
-from make_golden import CHAT, GOLDEN, GREEDY, LENGTH, LLAMA, VARIANTS, noise, tokens, weights, write_checkpoint  # noqa: E402
-from model import ModelConfig, Transformer, causal  # noqa: E402
+import generate
+import model as model_file
+from kivi import FullCache, KiviCache
+from make_golden import CHAT, GOLDEN, GREEDY, LENGTH, LLAMA, VARIANTS, noise, tokens, weights, write_checkpoint
+from model import ModelConfig, Transformer, causal
 
 slow = pytest.mark.skipif(os.environ.get("KIVI_SLOW") != "1", reason="long: set KIVI_SLOW=1")
 every = pytest.mark.parametrize("name", VARIANTS)
 EIGHT = dict(kv="kivi2", k_bits=8, v_bits=8, group_size=16)  # its window of 128 holds all of these texts
 SMALL = dict(kv="kivi2", k_bits=4, group_size=16, residual=16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

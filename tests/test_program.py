@@ -20,19 +20,10 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
 
-import generate  # noqa: E402
-from kivi import FullCache, KiviCache  # noqa: E402
-from model import Block, Transformer  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+import generate
+from kivi import FullCache, KiviCache
+from model import Block, Transformer
 
 
 class Terminal(io.StringIO):
@@ -67,6 +58,14 @@ def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypa
     code, out, err = run(*args, 0.0290)
     assert code == 0 and run(*args, 1)[1] == out
     assert run(*args, 0.001)[0] == 2
+
+
+def test_a_line_that_is_too_long_does_not_end_the_conversation(monkeypatch):
+    """Guards against an exit in the middle of a conversation."""
+    lines = iter(["word " * 5000, "The sea"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
+    code, out, err = run("--interactive", "--max-new-tokens", 3, "--temperature", 0)
+    assert code == 0 and "error: " in err and out.startswith("The sea")
 
 
 def as_compiled(monkeypatch, compiled=lambda layer, *args: Block.decode(layer, *args)):
