@@ -25,7 +25,7 @@ The window of exact tokens is S pinned sink slots and a ring of R + 1; it still 
 may run before or after the attention. Deliberately absent: eviction, paging, rollback, several tokens per step.
 """
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from math import lcm, prod
 
 import torch
@@ -172,9 +172,9 @@ def _halves(q):
     return [_stored(x) for x in ([torch.cat(parts, -2)] if q.shape[-2] == 1 else parts)]
 
 
-def _one_row(x, M):
-    """x [.., M', Y], where M' is M, or 2 because a single row was given as two parts (see _halves) -> [.., M, Y]."""
-    return x if x.shape[-2] == M else x.sum(-2, keepdim=True)
+def _one_row(x, rows):
+    """A product of rows, [.., M, Y]. A single row in two parts (see _halves) gives two sums, which this adds up."""
+    return x.sum(-2, keepdim=True) if rows[0].dtype == torch.float16 and len(rows) == 1 else x
 
 
 def _over_blocks(x):
@@ -510,64 +510,79 @@ class KiviCache(Cache):
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def attention(self, q, pos, blocks, half=False):
+    def attention(self, q, pos, blocks):
         """Attention of one query per head over the packed cache and the window.
 
         q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] (see `blocks`) -> [B, H, 1, D]
-        half  products in float16 with float32 sums: only right when compiled by `compiled_attention`, which sets it
 
         Every block of C tokens has a softmax of its own (flash decoding): no pass over a whole row of scores, and enough
         independent work when the batch is 1. The window is one more block.
         """
-        c, nb, C, dtype = self.config, blocks.shape[0], self.block, q.dtype
-        S, G, (B, H, _, D), Hk = c.sink, c.group_size, q.shape, self.k_window.shape[1]
-        q = q.reshape(B, Hk, H // Hk, D)
-        half = half and dtype != torch.float32
-        unit = D**-0.5
-        number = torch.float16 if half else torch.float32
+        rows = self.rows(q)
+        scores, others = self.scores(rows, blocks), self.other_scores(rows, blocks)
+        return self.merge(q, *self.packed(rows, scores, *others, pos, blocks), *self.window(rows, scores, *others, pos))
 
-        rows = _halves(q) if half else [q.float()]
-        scores = self.scores(rows, nb, H // Hk, unit)  # P of [B, Hk, nb, M, C / P]: plane by plane
-        P = len(scores)
-        held = self.slot_tokens(pos)  # [B, W] token of each window slot
-        window = _one_row(_product(*((r, self.k_window.to(number), unit) for r in rows)), H // Hk)  # [B, Hk, M, W]
-        # Between the K and the V boundary the key is quantized and the value exact: those scores come from the planes.
-        exact = (held < S) | (held >= (pos // c.residual * c.residual)[:, None])
-        t = held.clamp(0, nb * C - 1)
-        axis = lambda n, d: torch.arange(n, device=q.device).view([n if i == d else 1 for i in range(4)])
-        place = axis(B, 0), axis(Hk, 1), (t // C)[:, None, None], axis(H // Hk, 2), (t % C // (P * G) * G + t % G)[:, None, None]
-        plane = (t // G % P)[:, None, None]
-        for a, x in enumerate(scores):
-            window = torch.where(exact[:, None, None] | (plane != a), window, x[place])
-        unseen = held < 0 if self.sliding is None else (held < 0) | (held <= pos[:, None] - self.sliding)
-        window = window.masked_fill(unseen[:, None, None], NEVER)
+    def rows(self, q, half=False):
+        """q [B, H, 1, D] as the rows of products: parts [B, Hk, M, D] that add up to it, where M query heads share a KV head.
 
-        # Tokens whose value is quantized: from the sinks to the window.
-        t = blocks[:, None] * C + torch.arange(C, dtype=torch.int32, device=q.device)  # [nb, C]
-        packed = ((t >= S) & (t < (pos - c.residual).int()[:, None, None]))[:, None, :, None]  # [B, 1, nb, 1, C]
+        half  products in float16 with float32 sums: only right when compiled by `compiled_attention`, which sets it
+        """
+        q = q.reshape(len(q), self.k_window.shape[1], -1, q.shape[-1])
+        return _halves(q) if half and q.dtype != torch.float32 else [q.float()]
+
+    def packed(self, rows, scores, zeros, recent, pos, blocks):
+        """Attention over the tokens whose values are quantized, block by block.
+
+        scores, zeros, recent  of these rows, see `scores` and `other_scores`
+        returns  largest score and sum of weights [B, Hk, nb, M], weighted values as `values` gives them
+        """
+        c, nb, C, P = self.config, blocks.shape[0], self.block, len(scores)
+        t = blocks[:, None] * C + torch.arange(C, dtype=torch.int32, device=pos.device)  # [nb, C]
+        seen = (t >= c.sink) & (t < (pos - c.residual).int()[:, None, None])  # [B, nb, C]
         if self.sliding is not None:
-            packed = packed & (t > (pos - self.sliding).int()[:, None, None])[:, None, :, None]
-        scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(packed, P))]
+            seen = seen & (t > (pos - self.sliding).int()[:, None, None])
+        scores = self.planes(rows, scores, zeros)
+        scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, self.split(seen[:, None, :, None], P))]
         if c.k_bits != c.v_bits:
             scores = self.split(self.join(scores), 8 // c.v_bits)
         top = reduce(torch.maximum, scores).amax(-1)  # [B, Hk, nb, M]
         p = [(x - top[..., None]).exp() for x in scores]
-        total = sum(p).sum(-1)  # [B, Hk, nb, M]
-        out = self.values(p, nb, half)  # [B, Hk, nb, M, D]
+        return top, sum(p).sum(-1), *self.values(p, nb, rows[0].dtype == torch.float16)
 
-        window_top = window.amax(-1, keepdim=True)  # [B, Hk, M, 1]
-        w = (window - window_top).exp()
-        window_total = w.sum(-1, keepdim=True)
-        w = _stored(w.to(number)) if half else w
-        window = _product((w, self.v_window.to(number).mT, 1.0))  # [B, Hk, M, D]
+    def window(self, rows, scores, zeros, recent, pos):
+        """Attention over the tokens whose values are exact, the sinks and the last R + 1; arguments as in `packed`.
 
-        # All results weighed against the largest score. Expanded over D, the three reductions are one kernel.
-        top, total = (x[..., None].expand(out.shape) for x in (top, total))  # [B, Hk, nb, M, D]
+        returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
+        """
+        c, (B, Hk, nb), number = self.config, scores[0].shape[:3], rows[0].dtype
+        held = self.slot_tokens(pos)  # [B, W] token of each window slot
+        # Between the V and the K boundary the value is exact and the key quantized: those scores come from the planes.
+        exact = (held < c.sink) | (held >= (pos // c.residual * c.residual)[:, None])
+        recent, planes = _one_row(recent, rows), self.planes(rows, scores, zeros)
+        G, P, C = c.group_size, len(planes), self.block
+        t = held.clamp(0, nb * C - 1)
+        axis = lambda n, d: torch.arange(n, device=pos.device).view([n if i == d else 1 for i in range(4)])
+        place = axis(B, 0), axis(Hk, 1), (t // C)[:, None, None], axis(recent.shape[2], 2), (t % C // (P * G) * G + t % G)[:, None, None]
+        plane = (t // G % P)[:, None, None]
+        for a, x in enumerate(planes):
+            recent = torch.where(exact[:, None, None] | (plane != a), recent, x[place])
+        unseen = held < 0 if self.sliding is None else (held < 0) | (held <= pos[:, None] - self.sliding)
+        recent = recent.masked_fill(unseen[:, None, None], NEVER)
+        top = recent.amax(-1, keepdim=True)
+        p = (recent - top).exp()
+        total = p.sum(-1, keepdim=True)
+        p = _stored(p.to(number)) if number == torch.float16 else p
+        return top, total, _product((p, self.v_window.to(number).mT, 1.0))
+
+    def merge(self, q, top, total, out, zeros, window_top, window_total, window):
+        """The results of `packed` and `window`, weighed against the largest score of all: [B, H, 1, D] in q's dtype."""
+        out = (out + zeros[..., None]).transpose(3, 4).flatten(-2)  # [B, Hk, nb, M, D]
+        top, total = (x[..., None].expand(out.shape) for x in (top, total))  # expanded, the three reductions are one kernel
         best = torch.maximum(top.amax(2), window_top)  # [B, Hk, M, D]
         weight, window_weight = (top - best[:, :, None]).exp(), (window_top - best).exp()
         total = _over_blocks(weight * total) + window_weight * window_total
         out = (_over_blocks(weight * out) + window_weight * window) / total
-        return out.view(B, H, 1, D).to(dtype)
+        return out.view(q.shape).to(q.dtype)
 
     @staticmethod
     def first(x, nb, *n):
@@ -588,26 +603,36 @@ class KiviCache(Cache):
         """The inverse of `split`."""
         return torch.stack([x.unflatten(-1, (-1, self.config.group_size)) for x in planes], -2).flatten(-3)
 
-    def scores(self, rows, nb, M, unit):
-        """q . K * unit over the packed keys of nb blocks: rows (parts of q) [B, Hk, M, D] -> P of [B, Hk, nb, M, C / P], one a plane."""
-        c, C, half = self.config, self.block, rows[0].dtype == torch.float16
+    def scores(self, rows, blocks):
+        """q . codes * scale / sqrt(D) over the packed keys: rows [B, Hk, M, D] -> P of [B, Hk, nb, M, U, G], one a plane; C = U P G tokens."""
+        c, nb = self.config, blocks.shape[0]
         G, P = c.group_size, 8 // c.k_bits
-        U = C // (P * G)  # bytes' blocks in a block of attention
+        U = self.block // (P * G)  # bytes' blocks in a block of attention
         w = self.first(self.k_packed, nb, U)  # [B, Hk, nb, U, G, D]
-        s, z = (self.first(x, nb, U, P) for x in (self.k_scale, self.k_zero))  # [B, Hk, nb, U, P, D]
-        rows = [r[:, :, None] for r in rows]  # [B, Hk, 1, M, D]
-        z = z.to(torch.float16 if half else torch.float32).flatten(3, 4)  # [B, Hk, nb, U * P, D]
-        zero = _product(*((r.expand(-1, -1, nb, -1, -1), z, unit) for r in rows)).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
-        out = []
-        for a, (codes, factor) in enumerate(_planes(w, c.k_bits, half)):
-            scale = s[:, :, :, :, a, None]  # [B, Hk, nb, U, 1, D]
-            x = _product(*((r[:, :, :, None] * scale, codes, factor * unit) for r in rows))  # [B, Hk, nb, U, M, G]
-            x = x.transpose(3, 4) + zero[..., a, None]  # [B, Hk, nb, M, U, G]
-            out.append(_one_row(x.flatten(-2), M))
+        s, out = self.first(self.k_scale, nb, U, P), []  # [B, Hk, nb, U, P, D]
+        for a, (codes, factor) in enumerate(_planes(w, c.k_bits, rows[0].dtype == torch.float16)):
+            scaled = [r[:, :, None, None] * s[:, :, :, :, a, None] for r in rows]  # [B, Hk, nb, U, M, D]
+            out.append(_product(*((r, codes, factor * w.shape[-1] ** -0.5) for r in scaled)).transpose(3, 4))
         return out
 
+    def other_scores(self, rows, blocks):
+        """The smaller products of q, / sqrt(D): with the packed keys' zeros, one number a group of tokens, which `scores` lacks
+        [B, Hk, nb, M, U, P]; with the window's keys [B, Hk, M, W]."""
+        nb, P, unit = blocks.shape[0], 8 // self.config.k_bits, self.k_window.shape[3] ** -0.5
+        U = self.block // (P * self.config.group_size)
+        z, keys = self.first(self.k_zero, nb, U, P).to(rows[0].dtype).flatten(3, 4), self.k_window.to(rows[0].dtype)  # z [B, Hk, nb, U * P, D]
+        zeros = _product(*((r[:, :, None].expand(-1, -1, nb, -1, -1), z, unit) for r in rows))
+        return zeros.unflatten(-1, (U, P)), _product(*((r, keys, unit) for r in rows))
+
+    def planes(self, rows, scores, zeros):
+        """All of the scores of the packed keys: P of [B, Hk, nb, M, C / P]."""
+        return [_one_row((x + zeros[..., a, None]).flatten(-2), rows) for a, x in enumerate(scores)]
+
     def values(self, p, nb, half):
-        """p . V over the packed values of nb blocks: P tensors [B, Hk, nb, M, C / P] -> [B, Hk, nb, M, D] float32."""
+        """p . (codes * scale) and p . zero over the packed values: p, P of [B, Hk, nb, M, C / P] -> [B, Hk, nb, D / G, M, G] and [B, Hk, nb, D / G, M].
+
+        The second is added to the first by `merge`; here that would be a kernel of its own.
+        """
         c, C = self.config, self.block
         G, P = c.group_size, 8 // c.v_bits
         U = C // (P * G)
@@ -619,7 +644,7 @@ class KiviCache(Cache):
         z = z.float()  # or the sums of p * zero, which largely cancel the others, would be float16
         zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
         terms = [(x[:, :, :, None] * s[:, :, :, a, :, None], *plane) for a, (x, plane) in enumerate(zip(p, _planes(w, c.v_bits, half)))]
-        return (_product(*terms) + zero[..., None]).transpose(3, 4).flatten(-2)  # sums [B, Hk, nb, D / G, M, G]
+        return _product(*terms), zero
 
     def traffic(self, length):
         """Bytes that attention must read of one row of `length` tokens: codes and metadata of the packed ones, the others exactly."""
@@ -676,17 +701,36 @@ def compiled_attention(kind, device):
         "shape_padding": False,
         "loop_ordering_after_fusion": False,  # else some sums of products stay outside the products' kernel
     }
-    attention, choices = torch.compile(_half_attention, fullgraph=True, options=options), launches()
+    choices, stream = launches(), lru_cache(torch.cuda.Stream)
+    parts = lambda cache, q: cache.rows(q, half=True), kind.scores, kind.other_scores, kind.packed, kind.window, kind.merge
+    rows, scores, other_scores, packed, window, merge = (torch.compile(fn, fullgraph=True, options=options) for fn in parts)
+
+    def dynamic(*tensors):
+        for x in tensors:  # their number of blocks
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        return tensors
 
     def call(cache, q, pos, blocks):
         with V.set_choices_handler(choices):  # Inductor keeps the first it meets in a process; and this one is for attention alone
-            return attention(cache, q, pos, blocks)
+            # The products of codes wait for instructions, the smaller kernels for memory: side by side the large batches take 3 to 11 %
+            # less time. Where they are too small to wait for anything (one row of 32,768 tokens), a second stream costs 2 us.
+            apart = cache.batch * cache.k_window.shape[1] * (len(blocks) * cache.block + 8192) > 2**19
+            main = torch.cuda.current_stream(q.device)
+            side = stream(q.device) if apart else main
+            wait = torch.cuda.Stream.wait_stream if apart else lambda *_: None
+            r = rows(cache, q)
+            wait(side, main)
+            s = dynamic(*scores(cache, r, blocks))
+            with torch.cuda.stream(side):
+                zeros, recent = other_scores(cache, r, blocks)
+                wait(main, side)
+                wait(side, main)
+                exact = window(cache, r, s, *dynamic(zeros), recent, pos)
+            quantized = dynamic(*packed(cache, r, s, zeros, recent, pos, blocks))
+            wait(main, side)
+            return merge(cache, q, *quantized, *exact)
 
     return call
-
-
-def _half_attention(cache, q, pos, blocks):
-    return cache.attention(q, pos, blocks, half=True)
 
 
 def launches():
@@ -717,9 +761,11 @@ def launches():
 
     class Launches(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
-            if LAUNCH.get(kind(features)):
-                kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(LAUNCH[kind(features)]))}
-            return kernel_kwargs
+            launch = LAUNCH.get(kind(features))
+            if launch is None:
+                return kernel_kwargs
+            has = lambda name: not name.endswith("BLOCK") or name.lower().removesuffix("block") in groups[0]  # one row of one head has no z
+            return {**kernel_kwargs, "fixed_config": FixedTritonConfig({n: x for n, x in launch.items() if has(n)})}
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):
@@ -746,7 +792,7 @@ def launches():
             return 1 if reduction_numel <= 8192 else InductorChoices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return "kivi-2"  # part of the key of the compile caches: change it with the tile
+            return "kivi-3"  # part of the key of the compile caches: change it with the tile
 
     return Launches()
 
