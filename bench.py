@@ -544,12 +544,12 @@ def throughput(args, device):
 
 
 def outside(args, name, results, device):
-    """Adds rows of transformers' own Llama of that shape to `results`, as its users run it: eager, sdpa, all rows' prompts at once.
+    """Adds rows of transformers' own Llama of that shape to `results`, as its users run it: eager, sdpa, all prompts at once.
 
-    Its QuantizedCache has groups of 32, K per channel (of consecutive tokens, across heads where T is no multiple), V per token, and a window of up to 128
-    tokens; every step dequantizes all the rest, and one in 128 quantizes it anew: that one is timed once, and spread. As in our rows, prefill is run and
-    steps are timed at 4 lengths, here in caches of random K and V. The largest batch, to a 16th of our own, is where both run within the budget; that a long
-    run also fragments the memory is left out. On a CPU, and as `formula_bytes`, the formula of our cache of as many bits stands for it.
+    Its QuantizedCache has groups of 32, K per channel (of consecutive tokens, across heads where T is no multiple), V per token; every step dequantizes
+    all but the last 0 to 128 tokens, and one in 128 quantizes all anew, which is timed once and spread. As in our rows prefill is run and steps are timed
+    at 4 lengths, in caches of random K and V. The largest batch, to a 16th of ours, is what runs within the budget there (a long run would fragment the
+    memory as well); on a CPU it is by our formula for as many bits, which is `formula_bytes`.
     """
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, QuantizedCache
 
@@ -568,10 +568,9 @@ def outside(args, name, results, device):
         try:
             clear(device)
             tokens, steps = torch.randint(c.vocab_size, (batch, prompt), device=device), []
-            for _ in range(2 if repeats > 1 and prompt <= 4096 else 1):  # the first warms up
-                prefill = seconds(lambda: step(tokens, new()), device, 1)
+            prefill = [seconds(lambda: step(tokens, new()), device, 1) for _ in range(2 if repeats > 1 and prompt <= 4096 else 1)][-1]  # the first warms up
             for n in lengths:
-                cache = new()
+                cache = new()  # the last one's memory is free from here
                 x = torch.randn(batch, c.n_kv_heads, n, c.head_dim, device=device, dtype=torch.bfloat16)
                 for layer in range(c.n_layers):
                     for part in x.split([n - 64, 64], 2) if options else [x]:  # half the window is full, as in the mean
@@ -593,11 +592,10 @@ def outside(args, name, results, device):
         most = largest_batch(ours, prompt, output, kv, {}, args.budget_gb * 1e9) // unit
         grid = unit * max(1, most // 16)
         for batch in args.batches or [grid * generate.largest(most * unit // grid, lambda i: measured(i * grid, prompt, lengths[-1:], options) is not None)]:
-            times = measured(batch, prompt, lengths, options, 3) if batch else None
-            if times is None:
-                say(f"  {name} {prompt}/{output} {label}: " + (f"out of memory with {batch} rows" if batch else "not one row fits"))
+            prefill, steps = batch and measured(batch, prompt, lengths, options, 3) or (None, None)
+            if steps is None:
+                say(f"  {name} {prompt}/{output} {label}: " + (f"out of memory with {batch} rows" if batch else f"not {unit} rows fit"))
                 continue
-            prefill, steps = times
             r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest": not args.batches,
                  "formula_bytes": run_bytes(ours, batch, prompt, output, kv, {}), "prefill_s": prefill, "step_ms": [1e3 * t for t in steps],
                  "decode_s": integral(lengths, steps), "took_s": time.perf_counter() - begin}

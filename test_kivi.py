@@ -2329,19 +2329,21 @@ THROUGHPUT = ["throughput", "--models", "tiny", "--loads", "161/200", "--caches"
 
 def test_the_outside_reference_runs_where_it_is_installed(monkeypatch, capsys):
     """Its caches, with memory that ends at 21 rows. Guards against: an out of memory that ends the benchmark, a search that stops early, rows that quanto cannot
-    group, steps at other lengths than our rows', a window that is never filled, a cache that is not emptied before the next length."""
+    group, steps at other lengths than our rows', a window that is empty or never flushed, a cache that is not new for every length."""
     transformers = pytest.importorskip("transformers", minversion="5")
     quanto = bool(importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"))
-    seen = {"DynamicCache": [], "QuantizedCache": []}  # of the last layer: rows, tokens before, tokens that come
+    seen = {"DynamicCache": [], "QuantizedCache": []}  # of the last layer: rows, tokens before, tokens that come, exact tokens then
 
     def limited(name):
         class Limited(getattr(transformers, name)):
             def update(self, k, v, layer, *args, **kwargs):
                 if len(k) > 21:
                     raise torch.OutOfMemoryError("no memory")
+                before = self.get_seq_length(layer)
+                out = super().update(k, v, layer, *args, **kwargs)
                 if layer == bench.TINY.n_layers - 1:
-                    seen[name].append((len(k), self.get_seq_length(layer), k.shape[2]))
-                return super().update(k, v, layer, *args, **kwargs)
+                    seen[name].append((len(k), before, k.shape[2], self.layers[layer].keys.numel() // (len(k) * k.shape[1] * k.shape[3])))
+                return out
         return Limited
 
     for name in seen:
@@ -2357,9 +2359,10 @@ def test_the_outside_reference_runs_where_it_is_installed(monkeypatch, capsys):
             continue
         r = rows[label]
         assert r["largest"] and r["batch"] in ((16,) if name == "QuantizedCache" else (18, 19, 20, 21))
-        calls = [(before, n) for B, before, n in calls if B == r["batch"]]
+        exact, calls = [c[3] for c in calls], [c[1:3] for c in calls if c[0] == r["batch"]]
         last = calls[-(2 + len(filled[name]) + 4 * 3 + (name == "QuantizedCache")):]  # the run that is reported: 2 prefills, 3 steps at 4 lengths, a flush
         assert last[:2] == [(0, 161)] * 2 and [x for x in last[2:] if x[1] > 1] == filled[name]
+        assert exact[-4:] == ([360, 361, 362, 363] if name == "DynamicCache" else [65, 66, 67, 0])
         steps = [before for before, n in last if n == 1]
         assert steps == [n + i for n in ends for i in range(3)] + [363] * (name == "QuantizedCache")
         a, b, c, d = (x / 1e3 for x in r["step_ms"])
