@@ -59,6 +59,10 @@ MODELS = {
 LARGE = {"llama-3.1-70b": (ModelConfig(128256, 8192, 80, 64, 8, 128, 28672, 1 << 17, rope_theta=500000.0), 16, 8192)}  # decode, with --layers
 TINY = ModelConfig(512, 64, 2, 4, 2, 32, 128, 1 << 17)  # runs anywhere, in tests
 REQUESTS = {"bf16": ("bf16", {}), "kivi2 R32": ("kivi2", {"residual": 32}), "kivi2 R128": ("kivi2", {}), "kivi2+": ("kivi2+", {})}  # many at once
+OUTSIDE = {  # label -> our cache of as many bits, options of transformers' QuantizedCache: the nearest to kivi2 that it has
+    "transformers bf16": ("bf16", None),
+    "transformers quanto 2 bits": ("kivi2", {"backend": "quanto", "nbits": 2, "axis_key": -1, "axis_value": 0, "q_group_size": 32, "residual_length": 128}),
+}
 
 
 def say(*text):
@@ -506,11 +510,16 @@ def throughput(args, device):
                     r["verified"] = end_to_end(model, r, kv, options, device)
         del model
         clear(device)
+        if args.outside:
+            try:
+                outside(args, name, results, device)
+            except Exception as error:  # another library's, of whatever version
+                say(f"  {name}: no more rows of transformers: {' '.join(str(error).split())[:200]}")
     print(f"\n{args.budget_gb:g} GB budget\n\n| model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | prefill, s | step, ms | roofline, ms: weights, products, KV |"
           "\n|---|---|---|---|---|---|---|---|---|---|")
     for r in results:
         if "failed" not in r:
-            floor = ", ".join(f"{r['roofline_ms'][k]:.2f}" for k in ("weights", "matmul", "kv"))
+            floor = ", ".join(f"{r['roofline_ms'][k]:.2f}" for k in ("weights", "matmul", "kv")) if "roofline_ms" in r else "-"
             print(f"| {r['model']} | {r['prompt']}/{r['output']} | {r['cache']} | {r['batch']}{' (largest)' if r['largest'] else ''} | {r['tokens_per_s']:.1f} "
                   f"| {r['decode_tokens_per_s']:.1f} | {r.get('peak_bytes', r['formula_bytes']) / 1e9:.2f} | {r['prefill_s']:.2f} "
                   f"| {statistics.mean(r['step_ms']):.2f} | {floor} |")
@@ -532,6 +541,70 @@ def throughput(args, device):
     if args.plot:
         plot(results, Path(args.plot))
     return {"copy_GB/s": bandwidth / 1e9, "matmul_TFLOP/s": flops / 1e12, "budget_GB": args.budget_gb, "rows": results, "ratios": ratios}
+
+
+def outside(args, name, results, device):
+    """Adds rows of transformers' own Llama of that shape to `results`, as its users run it: eager, sdpa, all prompts at once.
+
+    Its QuantizedCache has groups of 32, K per channel (of consecutive tokens, across heads where T is no multiple), V per token; every step dequantizes
+    all but the last 0 to 128 tokens, and one in 128 quantizes all anew, which is timed once and spread. As in our rows prefill is run and steps are timed
+    at 4 lengths, in caches of random K and V. The largest batch, to a 16th of ours, is what runs within the budget there (a long run would fragment the
+    memory as well); on a CPU it is by our formula for as many bits, which is `formula_bytes`.
+    """
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, QuantizedCache
+
+    c = shape(args, name)
+    with torch.device("meta"):
+        ours = Transformer(c).to(torch.bfloat16)
+    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, head_dim=c.head_dim,
+                         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_len)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+    def measured(batch, prompt, lengths, options, repeats=1):
+        """(seconds of the prefill, [seconds of a step at each length]); None: out of memory."""
+        new = lambda: QuantizedCache(config=config, **options) if options else DynamicCache(config=config)
+        step = lambda tokens, cache: model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        try:
+            clear(device)
+            tokens, steps = torch.randint(c.vocab_size, (batch, prompt), device=device), []
+            prefill = [seconds(lambda: step(tokens, new()), device, 1) for _ in range(2 if repeats > 1 and prompt <= 4096 else 1)][-1]  # the first warms up
+            for n in lengths:
+                cache = new()  # the last one's memory is free from here
+                x = torch.randn(batch, c.n_kv_heads, n, c.head_dim, device=device, dtype=torch.bfloat16)
+                for layer in range(c.n_layers):
+                    for part in x.split([n - 64, 64], 2) if options else [x]:  # half the window is full, as in the mean
+                        cache.update(part, part, layer)
+                del x, part
+                steps.append(seconds(lambda: step(tokens[:, :1], cache), device, repeats))
+            if options:
+                for layer in cache.layers:
+                    layer.residual_length = 1
+                again = seconds(lambda: step(tokens[:, :1], cache), device, 1) - steps[-1]
+                steps = [t + again / options["residual_length"] for t in steps]
+            return prefill, steps
+        except torch.OutOfMemoryError:
+            return None
+
+    for (label, (kv, options)), (prompt, output) in itertools.product(OUTSIDE.items(), loads(args)):
+        begin, lengths = time.perf_counter(), [prompt + round(i * (output - 1) / 3) for i in range(4)]
+        unit = options["q_group_size"] // math.gcd(options["q_group_size"], c.n_kv_heads) if options else 1  # rows * heads must be groups
+        most = largest_batch(ours, prompt, output, kv, {}, args.budget_gb * 1e9) // unit
+        grid = unit * max(1, most // 16)
+        for batch in args.batches or [grid * generate.largest(most * unit // grid, lambda i: measured(i * grid, prompt, lengths[-1:], options) is not None)]:
+            prefill, steps = batch and measured(batch, prompt, lengths, options, 3) or (None, None)
+            if steps is None:
+                say(f"  {name} {prompt}/{output} {label}: " + (f"out of memory with {batch} rows" if batch else f"not {unit} rows fit"))
+                continue
+            r = {"model": name, "prompt": prompt, "output": output, "cache": label, "batch": batch, "largest": not args.batches,
+                 "formula_bytes": run_bytes(ours, batch, prompt, output, kv, {}), "prefill_s": prefill, "step_ms": [1e3 * t for t in steps],
+                 "decode_s": integral(lengths, steps), "took_s": time.perf_counter() - begin}
+            r["tokens_per_s"], r["decode_tokens_per_s"] = batch * output / (prefill + r["decode_s"]), batch * (output - 1) / r["decode_s"]
+            if device.type == "cuda":
+                r["peak_bytes"], r["reserved_bytes"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            results.append(r)
+            say(f"  {name} {prompt}/{output} {label} B={batch}: {r['tokens_per_s']:.0f} tokens/s, prefill {prefill:.1f} s, step {r['step_ms'][0]:.2f} to "
+                f"{r['step_ms'][-1]:.2f} ms, peak {r.get('peak_bytes', 0) / 1e9:.1f} GB ({r['took_s']:.0f} s)")
 
 
 def end_to_end(model, r, kv, options, device):
@@ -1064,6 +1137,8 @@ def main(argv=None):
             add("--batches", nargs="+", type=int, help="these instead of the largest")
             add("--curve", action="store_true", help="also powers of four below the largest batch, and the largest of full precision")
             add("--verify", action="store_true", help="run the largest batch of the last cache from end to end as well")
+            add("--outside", action="store_true", help="also transformers' Llama of that shape with its DynamicCache and its 2-bit QuantizedCache "
+                "(where transformers and optimum-quanto are installed)")
             add("--plot", metavar="PREFIX", help="write PREFIX-model-prompt.png (needs matplotlib)")
         else:
             add("--batch", type=int, help="rows of a run (default: the largest batch of the first cache)")

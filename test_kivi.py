@@ -5,6 +5,7 @@ The code under test is compared with references written here in plain Python or 
 (a Llama with the official KIVI order, token by token, on Python lists). Every docstring says which bug its test guards against.
 """
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -2321,6 +2322,62 @@ def test_the_batch_benchmarks_run_as_a_user_calls_them(what, tmp_path):
         assert rows[-1]["largest"] and [r["batch"] for r in rows] == sorted(r["batch"] for r in rows)
         assert all(r["formula_bytes"] <= 4e6 and r["tokens_per_s"] > 0 and len(r["step_ms"]) == 4 for r in rows)
     assert result["rows"][-1]["verified"]["steps"] == 19 and [r["cache"] for r in result["ratios"]] == list(bench.REQUESTS)[1:]
+
+
+THROUGHPUT = ["throughput", "--models", "tiny", "--loads", "161/200", "--caches", "bf16", "--budget-gb", "0.02", "--device", "cpu", "--outside"]
+
+
+def test_the_outside_reference_runs_where_it_is_installed(monkeypatch, capsys):
+    """Its caches, with memory that ends at 21 rows. Guards against: an out of memory that ends the benchmark, a search that stops early, rows that quanto cannot
+    group, steps at other lengths than our rows', a window that is empty or never flushed, a cache that is not new for every length."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    quanto = bool(importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"))
+    seen = {"DynamicCache": [], "QuantizedCache": []}  # of the last layer: rows, tokens before, tokens that come, exact tokens then
+
+    def limited(name):
+        class Limited(getattr(transformers, name)):
+            def update(self, k, v, layer, *args, **kwargs):
+                if len(k) > 21:
+                    raise torch.OutOfMemoryError("no memory")
+                before = self.get_seq_length(layer)
+                out = super().update(k, v, layer, *args, **kwargs)
+                if layer == bench.TINY.n_layers - 1:
+                    seen[name].append((len(k), before, k.shape[2], self.layers[layer].keys.numel() // (len(k) * k.shape[1] * k.shape[3])))
+                return out
+        return Limited
+
+    for name in seen:
+        monkeypatch.setattr(transformers, name, limited(name))
+    bench.main(THROUGHPUT)
+    out, err = capsys.readouterr()
+    rows = {r["cache"]: r for r in json.loads(out.splitlines()[-1])["rows"]}
+    assert list(rows) == ["bf16", *list(bench.OUTSIDE)[: 1 + quanto]] and (quanto or "optimum-quanto" in err.splitlines()[-1])
+    ends = [161, 227, 294, 360]
+    filled = {"DynamicCache": [(0, n) for n in ends], "QuantizedCache": [x for n in ends for x in ((0, n - 64), (n - 64, 64))]}
+    for (name, calls), label in zip(seen.items(), bench.OUTSIDE):
+        if label not in rows:
+            continue
+        r = rows[label]
+        assert r["largest"] and r["batch"] in ((16,) if name == "QuantizedCache" else (18, 19, 20, 21))
+        exact, calls = [c[3] for c in calls], [c[1:3] for c in calls if c[0] == r["batch"]]
+        last = calls[-(2 + len(filled[name]) + 4 * 3 + (name == "QuantizedCache")):]  # the run that is reported: 2 prefills, 3 steps at 4 lengths, a flush
+        assert last[:2] == [(0, 161)] * 2 and [x for x in last[2:] if x[1] > 1] == filled[name]
+        assert exact[-4:] == ([360, 361, 362, 363] if name == "DynamicCache" else [65, 66, 67, 0])
+        steps = [before for before, n in last if n == 1]
+        assert steps == [n + i for n in ends for i in range(3)] + [363] * (name == "QuantizedCache")
+        a, b, c, d = (x / 1e3 for x in r["step_ms"])
+        decoding = (66 * (a + b) + 67 * (b + c) + 66 * (c + d)) / 2
+        assert r["decode_tokens_per_s"] == pytest.approx(r["batch"] * 199 / decoding)
+        assert r["tokens_per_s"] == pytest.approx(r["batch"] * 200 / (r["prefill_s"] + decoding))
+
+
+def test_without_transformers_the_benchmark_says_so_and_goes_on(monkeypatch, capsys):
+    """Guards against a traceback, and against an end without our own rows."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bench.main(THROUGHPUT)
+    out, err = capsys.readouterr()
+    assert [r["cache"] for r in json.loads(out.splitlines()[-1])["rows"]] == ["bf16"]
+    assert [line for line in err.splitlines() if "transformers" in line] == [err.splitlines()[-1]] and "Traceback" not in err
 
 
 # ---- quantized weights ------------------------------------------------------------------------------------------------------------------
