@@ -349,7 +349,6 @@ def compile_step(model, kv, device):
     if device.type != "cuda":
         return
     model.compile()
-    model.flush_block = lambda layer, pos: layer.cache.flush(pos)  # once in R steps: eager costs little, and no compilation
     if kv == "bf16":
         before, after = (torch.compile(f, fullgraph=True) for f in (Block.before, Block.after))
         model.decode_block = lambda layer, x, cos, sin, pos, blocks: after(

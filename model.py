@@ -498,8 +498,9 @@ class Transformer(nn.Module):
             return rest + batch * max_len * 8  # the mask
         scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
         partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
-        eager = self.decode_block is Block.decode  # then attention writes one layer's K or V out in float32
-        return rest + scores + partial + eager * batch * c.n_kv_heads * max_len * c.head_dim * 5.5
+        if self.decode_block is Block.decode:  # uncompiled attention writes one layer's K or V out in float32, and a flush a group of it
+            rest += batch * c.n_kv_heads * max(max_len, 4 * config.group_size) * c.head_dim * 5.5
+        return rest + scores + partial
 
     @property
     def cache(self):
