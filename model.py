@@ -499,7 +499,7 @@ class Transformer(nn.Module):
         scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
         partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
         if self.decode_block is Block.decode:  # uncompiled attention writes one layer's K or V out in float32, and a flush a group of it
-            rest += batch * c.n_kv_heads * max(max_len, 4 * config.group_size) * c.head_dim * 5.5
+            rest += batch * c.n_kv_heads * c.head_dim * max(5.5 * max_len, 28 * config.group_size)
         return rest + scores + partial
 
     @property
