@@ -348,7 +348,7 @@ def compile_step(model, kv, device):
     torch.compiler.reset()
     if device.type != "cuda":
         return
-    model.compile()
+    model.compile(prefill=True)
     if kv == "bf16":
         before, after = (torch.compile(f, fullgraph=True) for f in (Block.before, Block.after))
         model.decode_block = lambda layer, x, cos, sin, pos, blocks: after(

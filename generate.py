@@ -649,7 +649,7 @@ def run(args):
     ranks = (torch.distributed.get_rank(), processes()) if processes() > 1 else (0, 1)
     model, tokenizer = load(folder, device, dtype, weights=args.weights, ranks=ranks)
     if args.compile or (args.compile is None and device.type == "cuda"):
-        model.compile()
+        model.compile(prefill=bool(args.prompts))
     if args.prompts:
         return answer_all(model, tokenizer, args, render)
     if not args.interactive:

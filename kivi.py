@@ -319,7 +319,7 @@ class FullCache(Cache):
         T = cls.capacity(max_len)
         return batch * n_kv_heads * T * head_dim * 2 * dtype.itemsize + batch * 8 + T // cls.BLOCK * 4
 
-    def fill(self, k, v, lengths, row=0):
+    def fill(self, k, v, lengths, row=0, quantize=None):
         """`prefill` without its checks, into the rows from `row` on: k, v [B, Hk, L, D] and lengths [B] on the device."""
         B, Hk, L, D = k.shape
         for a, b in slices(min(L, self.k.shape[2]), B * Hk * D, 1):
@@ -426,42 +426,30 @@ class KiviCache(Cache):
         S, G = self.config.sink, self.config.group_size
         return torch.maximum(t, torch.clamp(t | G - 1, max=S)) if S else t
 
-    def quantize_v(self, v):
-        """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
-        G = self.config.group_size
-        codes, scale, zero = group_codes(v.unflatten(-1, (-1, G)), self.config.v_bits, shrink=self.config.shrink)
-        return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+    def fill(self, k, v, lengths, row=0, quantize=None):
+        """`prefill` without its checks, into the rows from `row` on: k, v [B, Hk, L, D] and lengths [B] on the device.
 
-    def fill(self, k, v, lengths, row=0):
-        """`prefill` without its checks, into the rows from `row` on: k, v [B, Hk, L, D] and lengths [B] on the device."""
+        quantize  `quantized_groups`, or that compiled
+        """
         c, (B, Hk, L, D) = self.config, k.shape
-        G, R, dtype = c.group_size, c.residual, self.k_window.dtype
+        G, dtype, quantize = c.group_size, self.k_window.dtype, quantize or quantized_groups
         L = min(L, c.capacity(self.max_len))
         slots = self.slot_tokens(lengths - 1)  # [B, W]
         for window, x in ((self.k_window, k), (self.v_window, v)):
             held = x.gather(2, slots.clamp(0)[:, None, :, None].expand(B, Hk, -1, D))
             window[row : row + B] = torch.where((slots >= 0)[:, None, :, None], held, 0)
-
-        def store(name, codes, meta, quantized, bits, first):
-            codes = torch.where(quantized, codes, 0)
-            quantized = quantized[..., : meta[0].shape[3], :]  # K has one scale a group
-            if name == "v":
-                codes, quantized, meta = codes.mT, quantized.mT, [x.mT for x in meta]
-            packed = pack(codes.unflatten(2, (-1, 8 // bits)), bits, dim=3).squeeze(3)
-            getattr(self, f"{name}_packed")[row : row + B, :, first * bits // 8 :][:, :, : packed.shape[2]] = packed
-            for part, x in zip(("scale", "zero"), meta):
-                target = getattr(self, f"{name}_{part}")[row : row + B, :, first:][:, :, : x.shape[2]]
-                target.copy_(self.meta(torch.where(quantized, x, 0)).view_as(target))
-
-        lengths = lengths[:, None, None, None, None]  # [B, 1, 1, 1, 1]
         for a, b in slices(L, B * Hk * D, 8 // min(BITS) * G):  # whole bytes at any number of bits
             t = torch.arange(a, b, device=k.device)
-            groups = lambda x, t: x[:, :, t.clamp(max=L - 1)].to(dtype).unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
-            at = t.view(-1, G, 1)  # [T / G, G, 1]
-            codes, *meta = group_codes(groups(k, self.source(t)), c.k_bits, dim=3, shrink=c.shrink)
-            store("k", codes, meta, at < lengths // R * R, c.k_bits, a // G)  # [B, 1, T / G, G, 1]: tokens that are quantized by now
-            codes, *meta = self.quantize_v(groups(v, t))
-            store("v", codes, meta, at < lengths - R, c.v_bits, a // G)
+            for name, x, source, bits, end in (("k", k, self.source(t), c.k_bits, lengths // c.residual * c.residual), ("v", v, t, c.v_bits, lengths - c.residual)):
+                groups = lambda x: x.expand(B, Hk, *x.shape[2:]).unflatten(2, (-1, 8 // bits, G)).flatten(0, 2).contiguous()  # [N, planes, G, ..]
+                keep = (t < end[:, None])[:, None, :, None]  # [B, 1, b - a, 1] tokens that are quantized by now
+                new = quantize(groups(x[:, :, source.clamp(max=L - 1)].to(dtype)), groups(keep), bits, name == "v", c.shrink)
+                for part, y in zip(("packed", "scale", "zero"), new):
+                    target = getattr(self, f"{name}_{part}")[row : row + B]
+                    y = y.mT if name == "v" else y
+                    y = y.reshape(B, Hk, -1, *target.shape[3:])
+                    first = a // G * (bits if part == "packed" else 8) // 8
+                    target[:, :, first : first + y.shape[2]].copy_(y if part == "packed" else self.meta(y))
 
     def update(self, k, v, pos):
         """Writes token pos [B] (k, v [B, Hk, 1, D]) into the window and quantizes the value that leaves it."""
@@ -471,7 +459,8 @@ class KiviCache(Cache):
         self.v_window[row, :, slot] = v[:, :, 0].to(self.v_window.dtype)
         t = pos - c.residual  # the ring of R + 1 still holds it
         leaves, t = (t >= 0)[:, None, None], t.clamp(0)
-        codes, scale, zero = self.quantize_v(self.v_window[row, :, self.slot(t)])  # [B, Hk, D], [B, Hk, D / G] twice
+        codes, scale, zero = group_codes(self.v_window[row, :, self.slot(t)].unflatten(-1, (-1, c.group_size)), c.v_bits, shrink=c.shrink)
+        codes, scale, zero = codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)  # [B, Hk, D], [B, Hk, D / G] twice
         group, i = t // c.group_size, t % c.group_size
         block, shift = self.place(group, c.v_bits)
         # Where nothing leaves, the old numbers are written back: a branch would need the host or a second graph.
@@ -677,6 +666,19 @@ class KiviCache(Cache):
             held = window.float().gather(2, slot[:, None, :, None].expand(B, Hk, L, D))
             out.append(torch.where(present, torch.where(exact[:, None, :, None], held, x[:, :, :L]), 0))
         return tuple(out)
+
+
+def quantized_groups(x, keep, bits, values, shrink):
+    """Quantizes the groups of N blocks of bytes; apart from `fill` because compiled it is one pass over x instead of a dozen.
+
+    x [N, P, G, D] of P groups of G tokens, keep [N, P, G, 1] False for tokens whose codes, scale and zero shall be 0
+    values   groups run along the channels of a token (V) instead of the tokens of a channel (K)
+    returns  bytes [N, G, D], scale and zero [N, P, D] (K) or [N, P, G, D / G] (V)
+    """
+    codes, *meta = group_codes(x.unflatten(-1, (-1, x.shape[2])) if values else x, bits, -1 if values else 2, shrink)
+    codes, meta = (codes.flatten(-2), [m.squeeze(-1) for m in meta]) if values else (codes, meta)
+    meta = [torch.where(keep if values else keep[:, :, :1], m, 0) for m in meta]
+    return pack(torch.where(keep, codes, 0), bits, dim=1).squeeze(1), *(meta if values else [m.squeeze(2) for m in meta])
 
 
 def compiled_attention(kind, device):

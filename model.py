@@ -21,7 +21,7 @@ from torch.distributed._functional_collectives import all_reduce
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, launches, slices
+from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, launches, quantized_groups, slices
 from quantize import CHUNK, DOTS, QuantizedLinear, quantize_weight, weight_format
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
@@ -314,7 +314,7 @@ class Block(nn.Module):
         """Exact causal attention over x [B, T, dim]. Reads no cache."""
         return self.after(x, causal(*self.attention.qkv(self.attention_norm(x), cos, sin), self.window))
 
-    def prefill(self, x, cos, sin, lengths, row, chunk):
+    def prefill(self, x, cos, sin, lengths, row, chunk, quantize=quantized_groups):
         """`forward` in place, `chunk` tokens of every row at a time; K and V go into the rows of the cache from `row` on.
 
         x [B, T, dim], lengths [B] -> x and whether K and V are finite (softmax may swallow a NaN)
@@ -327,7 +327,7 @@ class Block(nn.Module):
             q, k[:, :, a:b], v[:, :, a:b] = self.attention.qkv(self.attention_norm(part), cos[:, :, a:b], sin[:, :, a:b])
             finite += [torch.isfinite(y[:, :, a:b]).all() for y in (k, v)]
             x[:, a:b] = self.after(part, causal(q, k[:, :, :b], v[:, :, :b], self.window))
-        self.cache.fill(k, v, lengths, row)
+        self.cache.fill(k, v, lengths, row, quantize)
         return x, torch.stack(finite).all()
 
     def decode(self, x, cos, sin, pos, blocks):
@@ -361,7 +361,7 @@ class Transformer(nn.Module):
         self.norm, self.rope_scale = norm(c), 1.0
         # Of small weights a head in full precision would be the largest part; one tied to the embedding stays as it is.
         self.head = QuantizedLinear(c.dim, c.vocab_size, 8) if c.weights and not c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.decode_block, self.flush_block, self.top = Block.decode, _flush, _top
+        self.decode_block, self.flush_block, self.top, self.quantize = Block.decode, _flush, _top, quantized_groups
 
     @classmethod
     @torch.no_grad()
@@ -413,6 +413,7 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin)
         return self.head(self.norm(x))
 
+    @torch.no_grad()
     def setup_caches(self, batch, max_len, kv="kivi2", **options):
         """Allocates one cache a layer.
 
@@ -433,6 +434,11 @@ class Transformer(nn.Module):
         first = self.layers[0].cache
         for layer in self.layers[1:]:  # one schedule for all layers
             layer.cache.pos, layer.cache.index, layer.cache.lengths = first.pos, first.index, first.lengths
+        if self.quantize is not quantized_groups and kv != "bf16":  # compiles here, not in the middle of the first prompt
+            for layer in self.layers:
+                one = torch.zeros(1, c.n_kv_heads, 1, c.head_dim, **{k: where[k] for k in ("dtype", "device")})
+                layer.cache.fill(one, one, torch.ones(1, dtype=torch.int64, device=one.device), 0, self.quantize)
+                layer.cache.reset()
 
     def kv_configs(self, kv, **options):
         """The KVConfig of every layer, None for full precision. Arguments and errors as in `setup_caches`."""
@@ -540,7 +546,7 @@ class Transformer(nn.Module):
         x, finite = self.embed(tokens), []
         cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None], pos)
         for layer in self.layers:
-            x, ok = layer.prefill(x, cos, sin, pos, row, chunk)
+            x, ok = layer.prefill(x, cos, sin, pos, row, chunk, self.quantize)
             finite.append(ok)
         # The head runs on one position a row: all of them would be L x vocabulary numbers that nobody reads.
         return self.head(self.norm(x[torch.arange(len(x), device=x.device), pos - 1])), torch.stack(finite).all()
@@ -565,12 +571,24 @@ class Transformer(nn.Module):
         for layer in self.layers:
             self.flush_block(layer, self.cache.pos - 1)
 
-    def compile(self):
-        """Compiles the decode step: one compilation serves every layer, so that its time does not grow with depth."""
+    def compile(self, prefill=False):
+        """Compiles the decode step: one compilation serves every layer, so that its time does not grow with depth.
+
+        prefill  also what quantizes the prompts; it takes longer than it saves, unless the prompts are many
+        """
         compiled = lambda fn: torch.compile(fn, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation for every pair of bits
         self.flush_block = compiled(_flush)
         quantized = self.config.weights is not None
+        if prefill:
+            groups = compiled(quantized_groups)
+
+            def quantize(x, keep, *how):
+                for y in (x, keep):  # one compilation for all lengths
+                    torch._dynamo.maybe_mark_dynamic(y, 0)
+                return groups(x, keep, *how)
+
+            self.quantize = quantize
         if quantized:
             self.top = compiled(_top)
         if self.embed.weight.device.type != "cuda":

@@ -2098,6 +2098,29 @@ def test_filling_in_slices_changes_no_bit(name, monkeypatch):
     assert_same(state(single), state(whole))
 
 
+@pytest.mark.parametrize("options", (SMALL, dict(kv="k4v2", sink=4, shrink=0.8)), ids=("kivi2", "k4v2"))
+def test_compiled_prefill_gives_the_same_bytes(options, checkpoint, fresh_compiler):
+    """Prompts of many lengths, float32. Guards against arithmetic that the compiler changes, against a compilation for every length,
+    and against one that happens inside the first prompt, whose time is reported."""
+    from torch._dynamo.utils import counters
+
+    eager, fast = (Transformer.from_pretrained(checkpoint) for _ in range(2))
+    fast.compile(prefill=True)
+    counters.clear()
+    for net in (eager, fast):
+        net.setup_caches(3, 400, **options)
+    before = counters["stats"]["unique_graphs"]
+    assert before == 2  # keys and values
+    for lengths in ([1, 2, 3], [64, 31, 129], [333, 200, 7]):
+        tokens = torch.tensor([some_ids(max(lengths), n) for n in lengths])
+        for net in (eager, fast):
+            net.cache.reset()
+            net.prefill(tokens, lengths)
+        for a, b in zip(eager.layers, fast.layers):
+            assert_same(state(a.cache), state(b.cache))
+    assert counters["stats"]["unique_graphs"] == before
+
+
 def test_rows_with_limits_of_their_own_never_pass_the_capacity(model):
     """A long prompt with a short answer beside a short one with a long answer, in a cache that holds either but not their sum, and
     rows that only fill the batch. Guards against a finished row that goes on, and against one that ends the others."""
