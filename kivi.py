@@ -451,6 +451,11 @@ class KiviCache(Cache):
                     first = a // G * (bits if part == "packed" else 8) // 8
                     target[:, :, first : first + y.shape[2]].copy_(y if part == "packed" else self.meta(y))
 
+    def quantize_v(self, v):
+        """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
+        codes, scale, zero = group_codes(v.unflatten(-1, (-1, self.config.group_size)), self.config.v_bits, shrink=self.config.shrink)
+        return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+
     def update(self, k, v, pos):
         """Writes token pos [B] (k, v [B, Hk, 1, D]) into the window and quantizes the value that leaves it."""
         c, row = self.config, torch.arange(self.batch, device=pos.device)
@@ -459,8 +464,7 @@ class KiviCache(Cache):
         self.v_window[row, :, slot] = v[:, :, 0].to(self.v_window.dtype)
         t = pos - c.residual  # the ring of R + 1 still holds it
         leaves, t = (t >= 0)[:, None, None], t.clamp(0)
-        codes, scale, zero = group_codes(self.v_window[row, :, self.slot(t)].unflatten(-1, (-1, c.group_size)), c.v_bits, shrink=c.shrink)
-        codes, scale, zero = codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)  # [B, Hk, D], [B, Hk, D / G] twice
+        codes, scale, zero = self.quantize_v(self.v_window[row, :, self.slot(t)])  # [B, Hk, D], [B, Hk, D / G] twice
         group, i = t // c.group_size, t % c.group_size
         block, shift = self.place(group, c.v_bits)
         # Where nothing leaves, the old numbers are written back: a branch would need the host or a second graph.

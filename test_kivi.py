@@ -1565,20 +1565,20 @@ def test_quality_through_the_cache_is_pinned(gate, kv):
 
 def v_per_channel(mp):
     """Values get the ranges of 32 tokens of their channel. They are stored with 8 bits, so that nothing else happens to them."""
+    def rounded(groups):
+        codes, scale, zero = qz.group_codes(groups, 2, dim=2)
+        return codes * scale + zero
+
     def change(original):
-        def quantize_v(self, v):
-            if v.dim() == 3:  # one token that leaves the window: its range is that of the 32 oldest there
-                row = torch.arange(self.batch)
-                t = (self.pos - self.config.residual).clamp(0)[:, None] + torch.arange(32)
-                groups, dim = torch.cat([v[:, :, None], self.v_window[row[:, None], :, self.slot(t)].transpose(1, 2)], 2), 2
-            else:
-                groups, dim = v, 3
-            codes, scale, zero = qz.group_codes(groups, 2, dim=dim)
-            x = codes * scale + zero
-            return original(self, x[:, :, 0] if v.dim() == 3 else x)
+        def quantize_v(self, v):  # one token that leaves the window: its range is that of the 32 oldest there
+            row = torch.arange(self.batch)
+            t = (self.pos - self.config.residual).clamp(0)[:, None] + torch.arange(32)
+            return original(self, rounded(torch.cat([v[:, :, None], self.v_window[row[:, None], :, self.slot(t)].transpose(1, 2)], 2))[:, :, 0])
         return quantize_v
     mp.setitem(kivi.PRESETS, "kivi2", kivi.KVConfig(2, 8))
     wrap(mp, KiviCache, "quantize_v", change)
+    fill = lambda x, keep, bits, values, shrink: kivi.quantized_groups(rounded(x) if values else x, keep, bits, values, shrink)
+    wrap(mp, KiviCache, "fill", lambda original: lambda self, k, v, lengths, row=0, _=None: original(self, k, v, lengths, row, fill))
 
 
 def no_residual(mp):

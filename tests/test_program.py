@@ -70,7 +70,7 @@ def test_a_line_that_is_too_long_does_not_end_the_conversation(monkeypatch):
 
 def as_compiled(monkeypatch, compiled=lambda layer, *args: Block.decode(layer, *args)):
     """Lets --compile do as good as nothing: the program cannot tell, and no test waits for Inductor."""
-    monkeypatch.setattr(Transformer, "compile", lambda self: setattr(self, "decode_block", compiled))
+    monkeypatch.setattr(Transformer, "compile", lambda self, prefill=False: setattr(self, "decode_block", compiled))
 
 
 # ---- the statistics ---------------------------------------------------------------------------------------------------------------
