@@ -88,8 +88,8 @@ class KVConfig:
         return max(1, -(-((max_len - 1) // self.residual * self.residual) // self.block(max_len)))
 
     def capacity(self, max_len):
-        """Tokens that the buffers of one row hold: max_len in whole units."""
-        return -(-max_len // self.unit) * self.unit
+        """Tokens whose codes the buffers of one row hold, in whole units: the others are always in the window."""
+        return max(1, -(-(max_len // self.residual * self.residual) // self.unit)) * self.unit
 
     def tail(self, max_len):
         """Tokens that the last block of the last row reads beyond its buffers; in every other row it reads into the next row."""
@@ -482,8 +482,9 @@ class KiviCache(Cache):
         c, row = self.config, torch.arange(self.batch, device=pos.device)
         G = c.group_size
         due = ((pos + 1) % c.residual == 0)[:, None, None]
+        start = (pos // c.residual * c.residual).clamp(max=self.k_scale.shape[2] * G - c.residual)  # the last block may stay incomplete for ever
         for first in range(0, c.residual, G):
-            t = pos // c.residual * c.residual + first  # [B] first token of the group
+            t = start + first  # [B] first token of the group
             tokens = self.source(t[:, None] + torch.arange(G, device=pos.device))  # [B, G]
             keys = self.k_window[row[:, None], :, self.slot(tokens)].transpose(1, 2)  # [B, Hk, G, D]
             codes, scale, zero = group_codes(keys, c.k_bits, dim=2, shrink=c.shrink)
@@ -668,7 +669,8 @@ class KiviCache(Cache):
         out = []
         for x, window, exact in ((k, self.k_window, exact_k), (v, self.v_window, kept)):
             held = window.float().gather(2, slot[:, None, :, None].expand(B, Hk, L, D))
-            out.append(torch.where(present, torch.where(exact[:, None, :, None], held, x[:, :, :L]), 0))
+            x = F.pad(x, (0, 0, 0, max(0, L - x.shape[2])))[:, :, :L]
+            out.append(torch.where(present, torch.where(exact[:, None, :, None], held, x), 0))
         return tuple(out)
 
 
