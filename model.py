@@ -617,8 +617,8 @@ def _top(norm, head, x):
 
 
 # Chosen by the instructions of the generated code; not timed on a GPU yet.
-SUMS = {"XBLOCK": 4, "R0_BLOCK": 512, "num_warps": 4, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
-PRODUCTS = {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 2}  # and with more: y outputs, x rows
+SUMS = {"XBLOCK": 4, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
+PRODUCTS = {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3}  # and with more: y outputs, x rows
 
 
 def compiled_weights(fn):
@@ -626,7 +626,7 @@ def compiled_weights(fn):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits}
+    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, "pick_loop_orders": False, **limits}
     few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
     choices = weight_launches()
 
@@ -654,7 +654,7 @@ def weight_launches():
             if not packed(features):
                 return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
             rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
-            launch = SUMS if rows is None else {**PRODUCTS, "XBLOCK": 16 if rows <= 16 else 32}
+            launch = SUMS if rows is None else {**PRODUCTS, "XBLOCK": min(64, max(8, 1 << (int(rows) - 1).bit_length())), **({"ZBLOCK": 1} if "z" in groups[0] else {})}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
         @staticmethod
@@ -662,7 +662,7 @@ def weight_launches():
             return not packed(features) and base.should_use_persistent_reduction(features, cooperative_reduction)
 
         def uuid(self):
-            return f"kivi-weights-1 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-2 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 
@@ -713,7 +713,7 @@ def _targets(model):
     def add(hf, name, part, split):
         if c.ranks[1] > 1:
             shares[f"{hf}.weight"] = shares[f"{hf}.bias"] = _share(c, name.split(".", 2)[-1], part)
-        for kind in ("weight", "bias", "packed", "scale", "zero"):
+        for kind in ("weight", "bias", "packed", "meta"):
             if f"{name}.{kind}" in params:
                 p = params[f"{name}.{kind}"].data
                 parts = [p] if part is None else p.split(split)
@@ -786,7 +786,7 @@ def _load(model, folder, progress=None):
                 parts = {name: tensor}
                 if small:
                     parts = quantize_weight(tensor.to(model.embed.weight.dtype), bits, group_size)
-                    parts = {layer + kind: part for kind, part in zip(("packed", "scale", "zero"), parts)}
+                    parts = {layer + kind: part for kind, part in zip(("packed", "meta"), parts)}
                 for target, part in parts.items():
                     for view, rows in zip(targets[target], part.split([len(view) for view in targets[target]])):
                         view.copy_(rows)
