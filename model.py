@@ -618,7 +618,12 @@ def _top(norm, head, x):
 
 # Chosen by the instructions of the generated code; not timed on a GPU yet.
 SUMS = {"XBLOCK": 4, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
-PRODUCTS = {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3}  # and with more: y outputs, x rows
+PRODUCTS = {  # and with more, by XBLOCK: x rows, y outputs
+    8: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3},
+    16: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
+    32: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    64: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8, "num_stages": 3},
+}
 
 
 def compiled_weights(fn):
@@ -654,7 +659,8 @@ def weight_launches():
             if not packed(features):
                 return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
             rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
-            launch = SUMS if rows is None else {**PRODUCTS, "XBLOCK": min(64, max(8, 1 << (int(rows) - 1).bit_length())), **({"ZBLOCK": 1} if "z" in groups[0] else {})}
+            x = rows and min(64, max(8, 1 << (int(rows) - 1).bit_length()))
+            launch = SUMS if rows is None else {"XBLOCK": x, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[x]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
         @staticmethod

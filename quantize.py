@@ -252,21 +252,22 @@ class QuantizedLinear(nn.Module):
             return (a.view(N, S, -1).transpose(0, 1) @ b.view(M, S, -1).permute(1, 2, 0)).float()
 
         fields = x.view(M, R, F, W)
-        ups = _stored((fields * 2.0**up if whole else fields).permute(2, 0, 3, 1).reshape(F, M, -1).contiguous())
+        if not whole:
+            fields = torch.cat((fields, sum(fields.float().unbind(2)).to(dtype)[:, :, None]), 2)
+        fields = _stored((fields * 2.0**up if whole else fields).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
         scale, zero = self._meta(1 if whole else W)
         y = 0
         for i, p in enumerate(range(0, 32, self.bits)):
             codes = ((self.packed >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
             # The minus makes LLVM mask two codes with one instruction; 2^up on the scale is an addition to its exponent.
             codes = -codes if whole else codes * (scale.view(torch.int16) + (up << 7)).view(dtype)
-            y = y + dot(codes, ups[i]) * ((-1) ** whole * 2.0 ** (-up - unit - p % 8))
+            y = y + dot(codes, fields[i]) * ((-1) ** whole * 2.0 ** (-up - unit - p % 8))
         if not whole:
-            total = sum(fields.float().unbind(2)).mT.reshape(M, -1)  # [M, words]
-            y = y + dot(zero, _stored(total.to(dtype)))
-        y = _stored(y).sum(0)  # stored by the kernel of the products, or they would be added up outside it, in their own type
+            y = y + dot(zero, fields[F])
+        y = _stored(y).sum(0) if S > 1 else y[0]
         if whole:
             y = y * scale.float() + zero.float() * x.float().sum(-1)
-        return y.mT.to(dtype)
+        return _stored(y.to(dtype)).mT  # by the kernel of the products, or their fields would be added up outside it, in their own type
 
     def _meta(self, repeat):
         """Scale and zero for every word: [N, repeat * K / G], the groups over and over."""
