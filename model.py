@@ -644,20 +644,21 @@ def compiled_weights(fn):
 
 
 def weight_launches():
-    """Inductor's choices for `compiled_weights`: kivi.launches, but for kernels that read packed words, with fixed launches of their own."""
+    """Inductor's choices for `compiled_weights`: its own, but for fixed launches of the kernels that read packed words, and what may join them."""
+    from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen.triton import FixedTritonConfig
     from torch._inductor.virtualized import V
 
-    base = type(launches())
+    def packed(features):  # a reduction over an int32 tensor from outside; the pairs of scale and zero are views, made inside
+        reads = {r.name for n in features.scheduler_nodes() if n.is_reduction() for r in n.read_writes.reads}
+        return any(V.graph.get_dtype(name) == torch.int32 for name in reads if name in V.graph.graph_inputs)
 
-    def packed(features):
-        reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
-        return features.is_reduction() and torch.int32 in {V.graph.get_dtype(r) for r in reads}
+    class WeightLaunches(InductorChoices):
+        can_fuse = staticmethod(type(launches()).can_fuse)
 
-    class WeightLaunches(base):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
-                return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
+                return kernel_kwargs
             rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
             x = rows and min(64, max(8, 1 << (int(rows) - 1).bit_length()))
             launch = SUMS if rows is None else {"XBLOCK": x, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[x]}
@@ -665,7 +666,11 @@ def weight_launches():
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):
-            return not packed(features) and base.should_use_persistent_reduction(features, cooperative_reduction)
+            return not packed(features) and InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+        @staticmethod
+        def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
+            return 1  # a norm and the sum of its inputs stay one kernel
 
         def uuid(self):
             return f"kivi-weights-2 {SUMS} {PRODUCTS}"  # part of the key of the compile caches

@@ -193,7 +193,7 @@ class QuantizedLinear(nn.Module):
             for a in range(0, len(self.packed), step):
                 y[:, a : a + step] = rows @ self.dequantized(a, a + step).type_as(x).mT
         elif len(rows) == 1:
-            y = self._sum(rows)
+            y = self._sum(rows, x.is_cuda)
         else:
             dots = x.is_cuda and len(rows) <= DOTS and x.dtype in (torch.bfloat16, *[torch.float16] * (self.bits == 8))
             y = self._dots(rows) if dots else rows @ self.dequantized().mT
@@ -206,16 +206,17 @@ class QuantizedLinear(nn.Module):
         codes = torch.stack([(words >> i & 2**self.bits - 1).to(meta.dtype) for i in range(0, 32, self.bits)], 2)  # [n, K / G, fields, W]
         return torch.addcmul(meta[..., 1], codes.flatten(2), meta[..., 0]).flatten(1)
 
-    def _sum(self, x):
+    def _sum(self, x, raw):
         """The product for x [1, K]: per group, s * sum(codes * x) + z * sum(x).
 
-        A code is masked where it lies in its word, at bit p: the number is code * 2^p, and x is divided by 2^p beforehand. On
-        CUDA the masked bits are not even converted: seen as a float32 they are code * 2^(p - 149), a denormal or its
-        continuation by the first binade, exact up to bit 24, and one shift brings the fields beyond down: 2.1 instructions a code
-        instead of 4 to 5. Then x is scaled up by 2^88, and every product is exact for inputs from 2^-65 to 2^39.
+        A code is masked where it lies in its word, at bit p: the number is code * 2^p, and x is divided by 2^p beforehand.
+        raw  (CUDA) the masked bits are not even converted: seen as a float32 they are code * 2^(p - 149), a denormal or its
+             continuation by the first binade, exact up to bit 24, and one shift brings the fields beyond down: 2.1 instructions
+             a code instead of 4 to 5. Then x is scaled up by 2^88: products neither underflow nor overflow for inputs from
+             2^-65 to 2^39
         """
         R, F, shift = self.meta.shape[1], 32 // self.bits, 24 - self.bits % 8
-        W, (up, unit) = x.shape[1] // R // F, (88, -149) if x.is_cuda else (0, 0)
+        W, (up, unit) = x.shape[1] // R // F, (88, -149) if raw else (0, 0)
         # Words of a group that one step takes together: as many as leave rows of 128, 4 words for each thread of a warp.
         U = next((u for u in (4, 2) if W % u == 0 and R * W // u % 128 == 0), 1)
         at = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device)
@@ -227,9 +228,9 @@ class QuantizedLinear(nn.Module):
             for i, p in enumerate(range(0, 32, self.bits)):
                 w, p = (words[:, u], p) if p < 24 else (words[:, u] >> shift, p - shift)
                 w = w & (1 << self.bits) - 1 << p
-                product = product + (w.view(torch.float32) if x.is_cuda else w.float()) * x[i, u]
+                product = product + (w.view(torch.float32) if raw else w.float()) * x[i, u]
                 total = total + x[i, u] * 2.0 ** (p + unit)  # once for all outputs of a thread
-        scale, zero = (m.float() for m in self._meta(W // U))
+        scale, zero = (m.float() for m in self._meta(W // U, raw))
         y = (product * scale + total * zero).sum(-1) * 2.0 ** (-up - unit)
         return y[None].to(self.meta.dtype)
 
@@ -244,7 +245,7 @@ class QuantizedLinear(nn.Module):
         R, F, (M, K), N, dtype = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed), x.dtype
         W, whole = K // R // F, R == 1
         up, unit = (100, -133) if dtype == torch.bfloat16 else (0, -24)
-        S = next((s for s in (4, 2) if N * s <= SPLIT and R * W // s % 64 == 0), 1)  # parts of a sum, when outputs alone are too few blocks
+        S = next((s for s in (4, 2) if N * s <= SPLIT and R * W % (64 * s) == 0), 1)  # parts of a sum, when outputs alone are too few blocks
 
         def dot(a, b):  # [N, words], [M, words] -> [S, N, M]
             if S == 1:
@@ -255,7 +256,7 @@ class QuantizedLinear(nn.Module):
         if not whole:
             fields = torch.cat((fields, sum(fields.float().unbind(2)).to(dtype)[:, :, None]), 2)
         fields = _stored((fields * 2.0**up if whole else fields).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
-        scale, zero = self._meta(1 if whole else W)
+        scale, zero = self._meta(1 if whole else W, True)
         y = 0
         for i, p in enumerate(range(0, 32, self.bits)):
             codes = ((self.packed >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
@@ -267,13 +268,16 @@ class QuantizedLinear(nn.Module):
         y = _stored(y).sum(0) if S > 1 else y[0]
         if whole:
             y = y * scale.float() + zero.float() * x.float().sum(-1)
-        return _stored(y.to(dtype)).mT  # by the kernel of the products, or their fields would be added up outside it, in their own type
+        y = y.to(dtype)
+        return (y if S > 1 else _stored(y)).mT  # by the kernel of the products, or they would be added up outside it, in their own type
 
-    def _meta(self, repeat):
-        """Scale and zero for every word: [N, repeat * K / G], the groups over and over."""
-        if self.meta.is_cuda and self.meta.element_size() == 2:
-            # One word brings both. (Apart they are 2 bytes each, a thread would take 8 of them but 4 words, and the way from one
-            # layout to the other, through shared memory, costs 3 instructions a code.)
+    def _meta(self, repeat, raw):
+        """Scale and zero for every word: [N, repeat * K / G], the groups over and over.
+
+        raw  one word brings both. (Apart they are 2 bytes each, a thread would take 8 of them but 4 words, and the way from one
+             layout to the other, through shared memory, costs 3 instructions a code.)
+        """
+        if raw and self.meta.element_size() == 2:
             both = self.meta.view(torch.int32)[..., 0]
             parts = [part.to(torch.int16).view(self.meta.dtype) for part in (both, both >> 16)]
         else:

@@ -2382,8 +2382,9 @@ def test_a_quantized_linear_is_its_dequantized_weights(bits, group_size, dtype, 
         if dtype == torch.bfloat16:
             with ExactProducts():
                 assert rel(layer._dots(x).double(), product) < 2 * tolerance  # codes times scale in bfloat16
-        if rows == 1:
-            assert rel(layer._sum(x).double(), product) < tolerance
+        for scale in (1, 2.0**-60, 2.0**36) if rows == 1 else ():
+            for raw in (False, True):
+                assert rel(layer._sum(x * scale, raw).double(), product * scale) < tolerance
     x, one = randn(3, 2, w.shape[1], dtype=dtype), layer(randn(3, 2, w.shape[1], dtype=dtype))
     monkeypatch.setattr(qz, "CHUNK", 3 * w.shape[1])  # 40 outputs in parts of 3
     assert torch.allclose(layer(x), one, atol=1e-5 if dtype == torch.float32 else 0.1)
