@@ -622,7 +622,7 @@ PRODUCTS = {  # and with more, by XBLOCK: x rows, y outputs
     8: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3},
     16: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
     32: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
-    64: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 8, "num_stages": 3},
+    64: {"YBLOCK": 128, "R0_BLOCK": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -636,9 +636,9 @@ def compiled_weights(fn):
     choices = weight_launches()
 
     def call(*args):
-        rows = next(len(x) for x in args if torch.is_tensor(x))
+        x = next(x for x in args if torch.is_tensor(x))
         with V.set_choices_handler(choices):  # attention, compiled in between, has its own
-            return (few if rows <= DOTS else many)(*args)
+            return (few if len(x) == 1 or len(x) <= DOTS and x.element_size() == 2 else many)(*args)
 
     return call
 

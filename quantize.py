@@ -120,6 +120,7 @@ def _check_bits(bits):
 
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
 CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
+NUMBER = torch.bfloat16  # what the tensor cores see bare 8-bit codes as; with float16, inputs of bfloat16 models end at 2^20
 SPLIT = 16384  # most outputs whose dots are cut in two or four parts
 DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
@@ -242,9 +243,10 @@ class QuantizedLinear(nn.Module):
         times scale is one multiplication of two pairs, rounded to bfloat16 (an error of 0.3 %, three times that of rounding the
         weights), and the zeros are one more dot, with the sums of the inputs of a word.
         """
-        R, F, (M, K), N, dtype = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed), x.dtype
+        R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
         W, whole = K // R // F, R == 1
-        up, unit = (100, -133) if dtype == torch.bfloat16 else (0, -24)
+        dtype = NUMBER if whole and x.dtype == torch.bfloat16 else x.dtype
+        up, unit = (100, -133) if dtype == torch.bfloat16 else (-4, -24)
         S = next((s for s in (4, 2) if N * s <= SPLIT and R * W % (64 * s) == 0), 1)  # parts of a sum, when outputs alone are too few blocks
 
         def dot(a, b):  # [N, words], [M, words] -> [S, N, M]
@@ -255,7 +257,7 @@ class QuantizedLinear(nn.Module):
         fields = x.view(M, R, F, W)
         if not whole:
             fields = torch.cat((fields, sum(fields.float().unbind(2)).to(dtype)[:, :, None]), 2)
-        fields = _stored((fields * 2.0**up if whole else fields).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
+        fields = _stored((fields * 2.0**up if whole else fields).to(dtype).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
         scale, zero = self._meta(1 if whole else W, True)
         y = 0
         for i, p in enumerate(range(0, 32, self.bits)):
@@ -268,7 +270,7 @@ class QuantizedLinear(nn.Module):
         y = _stored(y).sum(0) if S > 1 else y[0]
         if whole:
             y = y * scale.float() + zero.float() * x.float().sum(-1)
-        y = y.to(dtype)
+        y = y.to(x.dtype)
         return (y if S > 1 else _stored(y)).mT  # by the kernel of the products, or they would be added up outside it, in their own type
 
     def _meta(self, repeat, raw):
