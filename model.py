@@ -631,7 +631,8 @@ def compiled_weights(fn):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, "pick_loop_orders": False, **limits}
+    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
+               "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
     few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
     choices = weight_launches()
 
