@@ -235,8 +235,8 @@ def random_model(config, device, weights=None):
         if isinstance(layer, QuantizedLinear):
             N, K = len(layer.packed), layer.packed.shape[1] * 32 // layer.bits
             for rows in torch.arange(N).split(CHUNK // K):  # a small part at a time: what is quantized is all that stays
-                part = quantize_weight(torch.randn(len(rows), K, device=device, dtype=torch.bfloat16) * 0.02, layer.bits, K // layer.scale.shape[1])
-                for view, x in zip((layer.packed, layer.scale, layer.zero), part):
+                part = quantize_weight(torch.randn(len(rows), K, device=device, dtype=torch.bfloat16) * 0.02, layer.bits, K // layer.meta.shape[1])
+                for view, x in zip((layer.packed, layer.meta), part):
                     view[rows[0] : rows[-1] + 1] = x
     freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     model.register_buffer("freq", freq, persistent=False)

@@ -636,8 +636,13 @@ def _top(norm, head, x):
 
 
 # Chosen by the instructions of the generated code; not timed on a GPU yet.
-SUMS = {"XBLOCK": 4, "R0_BLOCK": 512, "num_warps": 4, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
-PRODUCTS = {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 2}  # and with more: y outputs, x rows
+SUMS = {"XBLOCK": 4, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
+PRODUCTS = {  # and with more, by XBLOCK: x rows, y outputs
+    8: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3},
+    16: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
+    32: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    64: {"YBLOCK": 128, "R0_BLOCK": 32, "num_warps": 8, "num_stages": 2},
+}
 
 
 def compiled_weights(fn):
@@ -645,43 +650,50 @@ def compiled_weights(fn):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits}
+    options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
+               "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
     few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
     choices = weight_launches()
 
     def call(*args):
-        rows = next(len(x) for x in args if torch.is_tensor(x))
+        x = next(x for x in args if torch.is_tensor(x))
         with V.set_choices_handler(choices):  # attention, compiled in between, has its own
-            return (few if rows <= DOTS else many)(*args)
+            return (few if len(x) == 1 or len(x) <= DOTS and x.element_size() == 2 else many)(*args)
 
     return call
 
 
 def weight_launches():
-    """Inductor's choices for `compiled_weights`: kivi.launches, but for kernels that read packed words, with fixed launches of their own."""
+    """Inductor's choices for `compiled_weights`: its own, but for fixed launches of the kernels that read packed words, and what may join them."""
+    from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen.triton import FixedTritonConfig
     from torch._inductor.virtualized import V
 
-    base = type(launches())
+    def packed(features):  # a reduction over an int32 tensor from outside; the pairs of scale and zero are views, made inside
+        reads = {r.name for n in features.scheduler_nodes() if n.is_reduction() for r in n.read_writes.reads}
+        return any(V.graph.get_dtype(name) == torch.int32 for name in reads if name in V.graph.graph_inputs)
 
-    def packed(features):
-        reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
-        return features.is_reduction() and torch.int32 in {V.graph.get_dtype(r) for r in reads}
+    class WeightLaunches(InductorChoices):
+        can_fuse = staticmethod(type(launches()).can_fuse)
 
-    class WeightLaunches(base):
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
-                return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
+                return kernel_kwargs
             rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
-            launch = SUMS if rows is None else {**PRODUCTS, "XBLOCK": 16 if rows <= 16 else 32}
+            x = rows and min(64, max(8, 1 << (int(rows) - 1).bit_length()))
+            launch = SUMS if rows is None else {"XBLOCK": x, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[x]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):
-            return not packed(features) and base.should_use_persistent_reduction(features, cooperative_reduction)
+            return not packed(features) and InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+        @staticmethod
+        def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
+            return 1  # a norm and the sum of its inputs stay one kernel
 
         def uuid(self):
-            return f"kivi-weights-1 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-2 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 
@@ -732,7 +744,7 @@ def _targets(model):
     def add(hf, name, part, split):
         if c.ranks[1] > 1:
             shares[f"{hf}.weight"] = shares[f"{hf}.bias"] = _share(c, name.split(".", 2)[-1], part)
-        for kind in ("weight", "bias", "packed", "scale", "zero"):
+        for kind in ("weight", "bias", "packed", "meta"):
             if f"{name}.{kind}" in params:
                 p = params[f"{name}.{kind}"].data
                 parts = [p] if part is None else p.split(split)
@@ -805,7 +817,7 @@ def _load(model, folder, progress=None):
                 parts = {name: tensor}
                 if small:
                     parts = quantize_weight(tensor.to(model.embed.weight.dtype), bits, group_size)
-                    parts = {layer + kind: part for kind, part in zip(("packed", "scale", "zero"), parts)}
+                    parts = {layer + kind: part for kind, part in zip(("packed", "meta"), parts)}
                 for target, part in parts.items():
                     for view, rows in zip(targets[target], part.split([len(view) for view in targets[target]])):
                         view.copy_(rows)

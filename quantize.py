@@ -120,6 +120,8 @@ def _check_bits(bits):
 
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
 CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
+NUMBER = torch.bfloat16  # what the tensor cores see bare 8-bit codes as; with float16, inputs of bfloat16 models end at 2^20
+SPLIT = 16384  # most outputs whose dots are cut in two or four parts
 DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
 
@@ -139,7 +141,7 @@ def _check_group(K, bits, group_size):
 
 
 def quantize_weight(w, bits, group_size=None):
-    """The three tensors of a QuantizedLinear from w [N, K]. group_size None: a row is one group. raises ValueError as `quantize`.
+    """The two tensors of a QuantizedLinear from w [N, K]. group_size None: a row is one group. raises ValueError as `quantize`.
 
     4 bits: each group is clipped by one of CLIPS at both ends where that makes its squared error least.
     """
@@ -156,18 +158,20 @@ def quantize_weight(w, bits, group_size=None):
             better = None if best is None else error < best[3]
             best = new if best is None else [torch.where(better.view(*better.shape, *[1] * (a.dim() - 2)), a, b) for a, b in zip(new, best)]
         codes, scale, zero, _ = best
-        fields = codes.unflatten(-1, (32 // bits, -1)).int()
-        out.append((sum(fields[:, :, i] << i * bits for i in range(32 // bits)).flatten(1), scale, zero))
+        fields = codes.unflatten(-1, (32 // bits, -1)).int()  # [n, K / G, fields, W]
+        words = sum(fields[:, :, i] << i * bits for i in range(32 // bits))
+        out.append((words.mT.flatten(1), torch.stack((scale, zero), -1)))
     return tuple(torch.cat(parts) for parts in zip(*out))
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights [N, K] are codes of 8 or 4 bits in groups of G consecutive inputs; group_size None: of all K.
 
-    packed       int32 [N, K * bits / 32], group after group: word i of the W words of a group holds its codes i, W + i, 2W + i ..,
-                 from the low bits up. So neighbouring words take neighbouring inputs in every field, which loads well
-    scale, zero  [N, K / G] in the model's dtype
-    raises       ValueError: groups that do not divide K or do not fill whole words
+    packed  int32 [N, K * bits / 32]: the first word of every group, then the second of every group .. A group has W words; word j
+            holds its codes j, W + j, 2W + j .., from the low bits up. So neighbouring words take neighbouring inputs (8 bits, one
+            group) or neighbouring scales (4 bits), and all of them load as vectors
+    meta    [N, K / G, 2] in the model's dtype: scale and zero of every group, which one load brings
+    raises  ValueError: groups that do not divide K or do not fill whole words
 
     Compiled, one row is one sum over the packed words, in float32, and up to DOTS rows on CUDA are products on the tensor cores
     (Inductor's native_matmul, see `compiled_weights` in model.py): neither writes a weight out. Otherwise weights are written
@@ -179,8 +183,7 @@ class QuantizedLinear(nn.Module):
         G = _check_group(inputs, bits, group_size)
         self.bits = bits
         self.register_buffer("packed", torch.empty(outputs, inputs * bits // 32, dtype=torch.int32))
-        self.register_buffer("scale", torch.empty(outputs, inputs // G))
-        self.register_buffer("zero", torch.empty(outputs, inputs // G))
+        self.register_buffer("meta", torch.empty(outputs, inputs // G, 2))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x):
@@ -190,37 +193,103 @@ class QuantizedLinear(nn.Module):
             y, step = x.new_empty(len(rows), len(self.packed)), max(1, CHUNK // x.shape[-1])
             for a in range(0, len(self.packed), step):
                 y[:, a : a + step] = rows @ self.dequantized(a, a + step).type_as(x).mT
+        elif len(rows) == 1:
+            y = self._sum(rows, x.is_cuda)
         else:
-            rows = rows.as_strided(rows.shape, rows.stride())  # needs real strides: x is stored, not computed again for every output
-            y = self._sum(rows) if len(rows) == 1 else self._dots(rows) if x.is_cuda and len(rows) <= DOTS else rows @ self.dequantized().mT
+            dots = x.is_cuda and len(rows) <= DOTS and x.dtype in (torch.bfloat16, *[torch.float16] * (self.bits == 8))
+            y = self._dots(rows) if dots else rows @ self.dequantized().mT
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
     def dequantized(self, first=0, last=None):
         """The weights of outputs first .. last - 1: [last - first, K], rounded once to the type of the scale."""
-        packed, scale, zero = (x[first:last].unflatten(1, (self.scale.shape[1], -1)) for x in (self.packed, self.scale, self.zero))
-        codes = torch.stack([(packed >> i & 2**self.bits - 1).to(scale.dtype) for i in range(0, 32, self.bits)], 2)  # [N, K / G, fields, W]
-        return torch.addcmul(zero, codes.flatten(2), scale).flatten(1)
+        meta = self.meta[first:last, :, None]  # [n, K / G, 1, 2]
+        words = self.packed[first:last].unflatten(1, (-1, meta.shape[1])).mT  # [n, K / G, W]
+        codes = torch.stack([(words >> i & 2**self.bits - 1).to(meta.dtype) for i in range(0, 32, self.bits)], 2)  # [n, K / G, fields, W]
+        return torch.addcmul(meta[..., 1], codes.flatten(2), meta[..., 0]).flatten(1)
 
-    def _fields(self):
-        """The codes of each field of the words, float32 [N, K / G, W]."""
-        words = self.packed.unflatten(1, (self.scale.shape[1], -1))
-        return [(words >> i & 2**self.bits - 1).float() for i in range(0, 32, self.bits)]
+    def _sum(self, x, raw):
+        """The product for x [1, K]: per group, s * sum(codes * x) + z * sum(x).
 
-    def _sum(self, x):
-        """The product for x [1, K]: per word, s * sum(codes * x) + z * sum(x)."""
-        x = x.float().view(self.scale.shape[1], 32 // self.bits, -1)  # [K / G, fields, W]
-        product = sum(codes * x[:, i] for i, codes in enumerate(self._fields()))
-        total = sum(x.unbind(1))  # unlike a sum over a dimension no kernel of its own
-        y = product * self.scale.float()[..., None] + total * self.zero.float()[..., None]
-        return y.flatten(1).sum(-1)[None].to(self.scale.dtype)
+        A code is masked where it lies in its word, at bit p: the number is code * 2^p, and x is divided by 2^p beforehand.
+        raw  (CUDA) the masked bits are not even converted: seen as a float32 they are code * 2^(p - 149), a denormal or its
+             continuation by the first binade, exact up to bit 24, and one shift brings the fields beyond down: 2.1 instructions
+             a code instead of 4 to 5. Then x is scaled up by 2^88: products neither underflow nor overflow for inputs from
+             2^-65 to 2^39
+        """
+        R, F, shift = self.meta.shape[1], 32 // self.bits, 24 - self.bits % 8
+        W, (up, unit) = x.shape[1] // R // F, (88, -149) if raw else (0, 0)
+        # Words of a group that one step takes together: as many as leave rows of 128, 4 words for each thread of a warp.
+        U = next((u for u in (4, 2) if W % u == 0 and R * W // u % 128 == 0), 1)
+        at = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device)
+        at = torch.where(at < 24, at, at - shift)
+        x = x.float().view(R, F, W) * (127 + up - at << 23).view(torch.float32)[:, None]  # by its bits, 2^(up - at)
+        x = _stored(x.permute(1, 2, 0).reshape(F, U, -1).contiguous())  # or it would be computed again for every output
+        words, product, total = self.packed.view(-1, U, R * W // U), 0, 0
+        for u in range(U):
+            for i, p in enumerate(range(0, 32, self.bits)):
+                w, p = (words[:, u], p) if p < 24 else (words[:, u] >> shift, p - shift)
+                w = w & (1 << self.bits) - 1 << p
+                product = product + (w.view(torch.float32) if raw else w.float()) * x[i, u]
+                total = total + x[i, u] * 2.0 ** (p + unit)  # once for all outputs of a thread
+        scale, zero = (m.float() for m in self._meta(W // U, raw))
+        y = (product * scale + total * zero).sum(-1) * 2.0 ** (-up - unit)
+        return y[None].to(self.meta.dtype)
 
     def _dots(self, x):
-        """The product for a few rows x [M, K]: one dot a field, in the type of x, with float32 sums."""
-        scale, zero = self.scale.float()[..., None], self.zero.float()[..., None]
-        fields = x.view(len(x), self.scale.shape[1], 32 // self.bits, -1)
-        weights = [(codes * scale + zero).to(x.dtype).flatten(1) for codes in self._fields()]
-        y = sum((w @ fields[:, :, i].flatten(1).mT).float() for i, w in enumerate(weights)).to(x.dtype)
-        return y.as_strided(y.shape, y.stride()).mT  # stored by the kernel of the products, or they would be added up outside it
+        """The product for a few rows x [M, K]: one dot a field, all in one kernel, with float32 sums.
+
+        The masked bits, narrowed to 16, are numbers without a conversion as in `_sum`: code * 2^(p - 133) as a bfloat16, up to bit 8.
+        With one group an output the scale commutes with the product, and the tensor cores multiply the bare codes. Otherwise codes
+        times scale is one multiplication of two pairs, rounded to bfloat16 (an error of 0.3 %, three times that of rounding the
+        weights), and the zeros are one more dot, with the sums of the inputs of a word.
+        """
+        R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
+        W, whole = K // R // F, R == 1
+        dtype = NUMBER if whole and x.dtype == torch.bfloat16 else x.dtype
+        up, unit = (100, -133) if dtype == torch.bfloat16 else (-4, -24)
+        S = next((s for s in (4, 2) if N * s <= SPLIT and R * W % (64 * s) == 0), 1)  # parts of a sum, when outputs alone are too few blocks
+
+        def dot(a, b):  # [N, words], [M, words] -> [S, N, M]
+            if S == 1:
+                return (a @ b.mT).float()[None]
+            return (a.view(N, S, -1).transpose(0, 1) @ b.view(M, S, -1).permute(1, 2, 0)).float()
+
+        fields = x.view(M, R, F, W)
+        if not whole:
+            fields = torch.cat((fields, sum(fields.float().unbind(2)).to(dtype)[:, :, None]), 2)
+        fields = _stored((fields * 2.0**up if whole else fields).to(dtype).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
+        scale, zero = self._meta(1 if whole else W, True)
+        y = 0
+        for i, p in enumerate(range(0, 32, self.bits)):
+            codes = ((self.packed >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
+            # The minus makes LLVM mask two codes with one instruction; 2^up on the scale is an addition to its exponent.
+            codes = -codes if whole else codes * (scale.view(torch.int16) + (up << 7)).view(dtype)
+            y = y + dot(codes, fields[i]) * ((-1) ** whole * 2.0 ** (-up - unit - p % 8))
+        if not whole:
+            y = y + dot(zero, fields[F])
+        y = _stored(y).sum(0) if S > 1 else y[0]
+        if whole:
+            y = y * scale.float() + zero.float() * x.float().sum(-1)
+        y = y.to(x.dtype)
+        return (y if S > 1 else _stored(y)).mT  # by the kernel of the products, or they would be added up outside it, in their own type
+
+    def _meta(self, repeat, raw):
+        """Scale and zero for every word: [N, repeat * K / G], the groups over and over.
+
+        raw  one word brings both. (Apart they are 2 bytes each, a thread would take 8 of them but 4 words, and the way from one
+             layout to the other, through shared memory, costs 3 instructions a code.)
+        """
+        if raw and self.meta.element_size() == 2:
+            both = self.meta.view(torch.int32)[..., 0]
+            parts = [part.to(torch.int16).view(self.meta.dtype) for part in (both, both >> 16)]
+        else:
+            parts = self.meta.unbind(-1)
+        return [part[:, None].expand(-1, repeat, -1).flatten(1) for part in parts]
+
+
+def _stored(x):
+    """x, written to memory by the kernel that computes it: `as_strided` needs real strides (see kivi.py)."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def main(argv=None):
@@ -237,7 +306,7 @@ def main(argv=None):
 
 
 def write_quantized(folder, weights, out):
-    """Writes a copy of a checkpoint whose linear weights have become the three tensors of a QuantizedLinear, one file at a time.
+    """Writes a copy of a checkpoint whose linear weights have become the two tensors of a QuantizedLinear, one file at a time.
 
     raises ValueError, OSError: not a checkpoint, weights that do not fit `weights`, or `out` holds files
     """
@@ -266,7 +335,7 @@ def write_quantized(folder, weights, out):
         for name in [n for n, x in tensors.items() if x.dim() == 2 and n.endswith(".weight") and "embed" not in n]:
             layer, w = name.removesuffix("weight"), tensors.pop(name)
             form = (8, None) if layer == "lm_head." else (bits, group_size)
-            tensors |= {layer + kind: x for kind, x in zip(("packed", "scale", "zero"), quantize_weight(w, *form))}
+            tensors |= {layer + kind: x for kind, x in zip(("packed", "meta"), quantize_weight(w, *form))}
         save_file(tensors, out / file.name, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, file.name)
         size += sum(x.nbytes for x in tensors.values())

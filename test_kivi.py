@@ -30,6 +30,7 @@ from kivi import FullCache, KiviCache
 from model import ModelConfig, Transformer, causal, layer_bits
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("KIVI_CHECKPOINTS", HERE / "none"))  # folder with the stories260K checkpoints
@@ -2427,27 +2428,37 @@ def test_without_transformers_the_benchmark_says_so_and_goes_on(monkeypatch, cap
 
 # ---- quantized weights ------------------------------------------------------------------------------------------------------------------
 
-def ref_weight(packed, scale, zero, bits):
-    """The weights [N, K] in float64, code by code: word i of a group's W words holds its codes i, W + i .., from the low bits up."""
-    words, K, groups = packed.to(torch.int64) & 0xFFFFFFFF, packed.shape[1] * 32 // bits, scale.shape[1]
+def ref_weight(packed, meta, bits):
+    """The weights [N, K] in float64, code by code: word i of a group's W words holds its codes i, W + i .., from the low bits up; the
+    first words of all groups come first, then the second ones."""
+    words, K, groups = packed.to(torch.int64) & 0xFFFFFFFF, packed.shape[1] * 32 // bits, meta.shape[1]
     G, out = K // groups, torch.empty(len(packed), K, dtype=torch.float64)
     W = G * bits // 32
     for k in range(K):
         group, inside = divmod(k, G)
         field, word = divmod(inside, W)
-        code = words[:, group * W + word] >> field * bits & 2**bits - 1
-        out[:, k] = code * scale[:, group].double() + zero[:, group].double()
+        code = words[:, word * groups + group] >> field * bits & 2**bits - 1
+        out[:, k] = code * meta[:, group, 0].double() + meta[:, group, 1].double()
     return out
 
 
 def quantized_linear(bits, group_size, dtype=torch.float32, inputs=128, outputs=40):
     layer = qz.QuantizedLinear(inputs, outputs, bits, group_size, bias=True).to(dtype)
     w = randn(outputs, inputs, seed=1) * torch.logspace(-2, 1, outputs)[:, None] + 0.1
-    for name, x in zip(("packed", "scale", "zero"), qz.quantize_weight(w.to(dtype), bits, group_size)):
+    for name, x in zip(("packed", "meta"), qz.quantize_weight(w.to(dtype), bits, group_size)):
         assert getattr(layer, name).shape == x.shape
         setattr(layer, name, x)
     layer.bias.data = randn(outputs, seed=2, dtype=dtype)
     return layer, w.to(dtype)
+
+
+class ExactProducts(TorchDispatchMode):
+    """Matrix products with exact sums, as nearly as the tensor cores': a CPU's take denormals for zero, and round to bfloat16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            return torch.matmul(*(x.double() for x in args)).float()
+        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -2458,8 +2469,8 @@ def test_a_quantized_linear_is_its_dequantized_weights(bits, group_size, dtype, 
     from. Guards against fields in another order, a sign bit that is shifted in, a scale of another group, parts that overlap."""
     layer, w = quantized_linear(bits, group_size, dtype)
     assert (layer.packed < 0).any()  # the sign bit is in use
-    expected = ref_weight(layer.packed, layer.scale, layer.zero, bits)
-    step = layer.scale.double().repeat_interleave(w.shape[1] // layer.scale.shape[1], 1)
+    expected = ref_weight(layer.packed, layer.meta, bits)
+    step = layer.meta[..., 0].double().repeat_interleave(w.shape[1] // layer.meta.shape[1], 1)
     error = (expected - w.double()).abs()
     whole = qz.dequantize(*qz.quantize(w, bits, group_size or w.shape[1])).double()
     assert (error <= step * (0.51 if bits == 8 else 3.5) + w.double().abs() * unit(dtype)).all()
@@ -2470,13 +2481,22 @@ def test_a_quantized_linear_is_its_dequantized_weights(bits, group_size, dtype, 
         x = randn(rows, w.shape[1], seed=rows, dtype=dtype)
         product = x.double() @ expected.mT
         assert rel(layer(x[:, None]).double(), (product + layer.bias.double())[:, None]) < tolerance
-        assert rel(layer._dots(x).double(), product) < tolerance
-        if rows == 1:
-            assert rel(layer._sum(x).double(), product) < tolerance
+        if dtype == torch.bfloat16:
+            for number in (torch.float16, torch.bfloat16):
+                monkeypatch.setattr(qz, "NUMBER", number)
+                with ExactProducts():
+                    assert rel(layer._dots(x).double(), product) < 2 * tolerance  # codes times scale in bfloat16
+        for scale in (1, 2.0**-60, 2.0**36) if rows == 1 else ():
+            for raw in (False, True):
+                assert rel(layer._sum(x * scale, raw).double(), product * scale) < tolerance
+    if dtype == torch.bfloat16:  # sums in two or four parts
+        large, x = quantized_linear(bits, group_size, dtype, inputs=1024, outputs=8)[0], randn(3, 1024, dtype=dtype)
+        with ExactProducts():
+            assert rel(large._dots(x).double(), x.double() @ ref_weight(large.packed, large.meta, bits).mT) < 2 * tolerance
     x, one = randn(3, 2, w.shape[1], dtype=dtype), layer(randn(3, 2, w.shape[1], dtype=dtype))
     monkeypatch.setattr(qz, "CHUNK", 3 * w.shape[1])  # 40 outputs in parts of 3
     assert torch.allclose(layer(x), one, atol=1e-5 if dtype == torch.float32 else 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(qz.quantize_weight(w, bits, group_size), (layer.packed, layer.scale, layer.zero)))
+    assert all(torch.equal(a, b) for a, b in zip(qz.quantize_weight(w, bits, group_size), (layer.packed, layer.meta)))
 
 
 @pytest.mark.parametrize("weights", ("int8", "int4"))
@@ -2498,7 +2518,7 @@ def test_a_written_checkpoint_is_the_model_quantized_at_load(weights, family, sh
     for name in [n for n in tensors if n.endswith(".packed")]:
         at = name.removesuffix("packed")
         bits = 8 if at == "lm_head." else int(weights[3])
-        tensors[at + "weight"] = ref_weight(*(tensors.pop(at + kind) for kind in ("packed", "scale", "zero")), bits).float()
+        tensors[at + "weight"] = ref_weight(*(tensors.pop(at + kind) for kind in ("packed", "meta")), bits).float()
     assert {n: x.shape for n, x in tensors.items()} == {n: x.shape for f in folder.glob("*.safetensors") for n, x in load_file(f).items()}
     save_file(tensors, plain / "model.safetensors")
     (plain / "config.json").write_text((folder / "config.json").read_text())
