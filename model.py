@@ -635,13 +635,16 @@ def _top(norm, head, x):
     return head(norm(x))
 
 
-# Chosen by the instructions of the generated code; not timed on a GPU yet.
+# The fastest of those timed on an H200, see results/weights-forms.md
 SUMS = {"XBLOCK": 4, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
-PRODUCTS = {  # and with more, by XBLOCK: x rows, y outputs
-    8: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 1, "num_stages": 3},
-    16: {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
-    32: {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
-    64: {"YBLOCK": 128, "R0_BLOCK": 32, "num_warps": 8, "num_stages": 2},
+PRODUCTS = {  # and with more, by bits and XBLOCK: x rows, y outputs. 4 bits keep nine sums for every output, which spill from 64 rows on
+    (8, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
+    (8, 16): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
+    (8, 32): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
+    (8, 64): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    (4, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
+    (4, 16): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
+    (4, 32): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
 }
 
 
@@ -679,9 +682,12 @@ def weight_launches():
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
                 return kernel_kwargs
-            rows = groups[0].get("x") if "y" in groups[0] else None  # of a product; a sum has outputs in x
-            x = rows and min(64, max(8, 1 << (int(rows) - 1).bit_length()))
-            launch = SUMS if rows is None else {"XBLOCK": x, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[x]}
+            launch = SUMS
+            if "y" in groups[0]:  # a product; a sum has outputs in x
+                dots = [n for n in features.scheduler_nodes() if n.is_reduction() and n.node.get_reduction_type() == "dot"]
+                bits = 4 if len(dots) > 4 else 8  # one for each field of a word, and one for the zeros of groups
+                rows = min(32 if bits == 4 else 64, max(8, 1 << (int(groups[0]["x"]) - 1).bit_length()))
+                launch = {"XBLOCK": rows, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[bits, rows]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
         @staticmethod
@@ -693,7 +699,7 @@ def weight_launches():
             return 1  # a norm and the sum of its inputs stay one kernel
 
         def uuid(self):
-            return f"kivi-weights-2 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-3 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 
