@@ -80,7 +80,7 @@ class KVConfig:
 
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result."""
-        tokens = next((t for t in (2048, 1024, 512) if max_len >= 8 * t), 256)
+        tokens = next((t for t, least in ((2048, 65536), (1024, 8192), (512, 4096)) if max_len >= least), 256)
         return self.unit * max(1, tokens // self.unit)
 
     def blocks(self, max_len):
@@ -504,15 +504,16 @@ class KiviCache(Cache):
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def attention(self, q, pos, blocks):
+    def attention(self, q, pos, blocks, half=False):
         """Attention of one query per head over the packed cache and the window.
 
         q [B, H, 1, D], pos [B] index of the newest token, blocks [nb] (see `blocks`) -> [B, H, 1, D]
+        half  see `rows`
 
         Every block of C tokens has a softmax of its own (flash decoding): no pass over a whole row of scores, and enough
         independent work when the batch is 1. The window is one more block.
         """
-        rows = self.rows(q)
+        rows = self.rows(q, half)
         scores, others = self.scores(rows, blocks), self.other_scores(rows, blocks)
         return self.merge(q, *self.packed(rows, scores, *others, pos, blocks), *self.window(rows, scores, *others, pos))
 
@@ -709,9 +710,10 @@ def compiled_attention(kind, device):
         "shape_padding": False,
         "loop_ordering_after_fusion": False,  # else some sums of products stay outside the products' kernel
     }
-    choices, stream = launches(), lru_cache(torch.cuda.Stream)
+    choices, stream, compiled = launches(), lru_cache(torch.cuda.Stream), lambda fn: torch.compile(fn, fullgraph=True, options=options)
+    whole = compiled(lambda cache, q, pos, blocks: cache.attention(q, pos, blocks, half=True))
     parts = lambda cache, q: cache.rows(q, half=True), kind.scores, kind.other_scores, kind.packed, kind.window, kind.merge
-    rows, scores, other_scores, packed, window, merge = (torch.compile(fn, fullgraph=True, options=options) for fn in parts)
+    rows, scores, other_scores, packed, window, merge = map(compiled, parts)
 
     def dynamic(*tensors):
         for x in tensors:  # their number of blocks
@@ -722,20 +724,19 @@ def compiled_attention(kind, device):
         with V.set_choices_handler(choices):  # Inductor keeps the first it meets in a process; and this one is for attention alone
             # The products of codes wait for instructions, the smaller kernels for memory: side by side the large batches take 3 to 11 %
             # less time. Where they are too small to wait for anything (one row of 32,768 tokens), a second stream costs 2 us.
-            apart = cache.batch * cache.k_window.shape[1] * (len(blocks) * cache.block + 8192) > 2**19
-            main = torch.cuda.current_stream(q.device)
-            side = stream(q.device) if apart else main
-            wait = torch.cuda.Stream.wait_stream if apart else lambda *_: None
+            if cache.batch * cache.k_window.shape[1] * (cache.max_len + 8192) < 2**19:
+                return whole(cache, q, pos, blocks)
+            main, side = torch.cuda.current_stream(q.device), stream(q.device)
             r = rows(cache, q)
-            wait(side, main)
+            side.wait_stream(main)
             s = dynamic(*scores(cache, r, blocks))
             with torch.cuda.stream(side):
                 zeros, recent = other_scores(cache, r, blocks)
-                wait(main, side)
-                wait(side, main)
+                main.wait_stream(side)
+                side.wait_stream(main)
                 exact = window(cache, r, s, *dynamic(zeros), recent, pos)
             quantized = dynamic(*packed(cache, r, s, zeros, recent, pos, blocks))
-            wait(main, side)
+            main.wait_stream(side)
             return merge(cache, q, *quantized, *exact)
 
     return call
