@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import generate
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention
-from model import Block, ModelConfig, Transformer, rotate, shard
+from model import ModelConfig, Transformer, rotate, shard
 from quantize import CHUNK, QuantizedLinear, group_codes, quantize_weight, weight_format
 
 SHAPES = {  # name -> B, H, Hk, T, D
@@ -350,9 +350,7 @@ def compile_step(model, kv, device):
         return
     model.compile(prefill=True)
     if kv == "bf16":
-        before, after = (torch.compile(f, fullgraph=True) for f in (Block.before, Block.after))
-        model.decode_block = lambda layer, x, cos, sin, pos, blocks: after(
-            layer, x, layer.cache.attention(before(layer, x, cos, sin, pos), pos, blocks))
+        model.attend = lambda cache, *args: cache.attention(*args)
 
 
 def at_length(model, n):
@@ -877,7 +875,7 @@ def decoded(model, cache, prompt, tokens):
     x, (cos, sin) = model.embed(tokens), model.rope(pos[None])
     for layer, fake, (k, v) in zip(model.layers, fakes, kv):
         layer.cache = FakeCache(fake, k, v, rope)
-        x = layer.decode(x, cos, sin, pos, None)
+        x = layer.after(x, layer.cache.attention(layer.before(x, cos, sin, pos), pos, None))
         layer.cache = None
     return torch.cat([logits[:, None], model.head(model.norm(x))], 1).float().log_softmax(-1)
 

@@ -22,7 +22,7 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.processors import TemplateProcessing
 
 from kivi import FullCache
-from model import Block, ModelConfig, Transformer, read_json
+from model import ModelConfig, Transformer, read_json
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -212,7 +212,7 @@ class Decoder:
         cache = self.model.cache
         cache.advance()
         blocks = cache.blocks(cache.length, bucket=self.graphs is not None)
-        new = not self.started and compiled(self.model) if self.graphs is None else len(blocks) not in self.graphs
+        new = not self.started and self.model.compiled if self.graphs is None else len(blocks) not in self.graphs
         begin, first, self.started = time.perf_counter(), not self.started, True
         if new and first:  # later it would be in the middle of the text
             note("compiling the decode step ...")
@@ -250,8 +250,6 @@ class Decoder:
         self.graphs[key].replay()
 
 
-def compiled(model):
-    return model.decode_block is not Block.decode
 
 
 class Mailbox:
@@ -786,7 +784,7 @@ def answer(model, tokenizer, ids, args, echo):
 def room(model, n):
     """Capacity of the caches for n tokens. Every capacity is a compilation of its own, so a compiled step gets few: at least 1,024 tokens, then
     four sizes an octave, so that the turns of a conversation share one; never beyond the model's context."""
-    if not compiled(model) or n > model.config.max_len:
+    if not model.compiled or n > model.config.max_len:
         return n
     step = 1 << max(0, (n - 1).bit_length() - 3)
     return min(model.config.max_len, max(1024, -(-n // step) * step))

@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from math import ceil, floor, log, pi
 from pathlib import Path
 
@@ -330,12 +331,8 @@ class Block(nn.Module):
         self.cache.fill(k, v, lengths, row, quantize)
         return x, torch.stack(finite).all()
 
-    def decode(self, x, cos, sin, pos, blocks):
-        """One token a row through the cache: x [B, 1, dim], pos [B] -> [B, 1, dim]. The unit of compilation."""
-        return self.after(x, self.cache.attention(self.before(x, cos, sin, pos), pos, blocks))
-
     def before(self, x, cos, sin, pos):
-        """The part of `decode` before attention: puts the token's K and V into the cache and returns q [B, H, 1, D]."""
+        """What precedes attention in a decode step: x [B, 1, dim], pos [B]; puts the token's K and V into the cache and returns q [B, H, 1, D]."""
         q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
         self.cache.update(k, v, pos)
         return q
@@ -361,7 +358,9 @@ class Transformer(nn.Module):
         self.norm, self.rope_scale = norm(c), 1.0
         # Of small weights a head in full precision would be the largest part; one tied to the embedding stays as it is.
         self.head = QuantizedLinear(c.dim, c.vocab_size, 8) if c.weights and not c.tied else nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.decode_block, self.flush_block, self.top, self.quantize = Block.decode, _flush, _top, quantized_groups
+        # The units of compilation: `compile` replaces them.
+        self.start, self.before, self.attend, self.between, self.last = _start, Block.before, _attend, _between, _last
+        self.flush_block, self.quantize, self.compiled = _flush, quantized_groups, False
 
     @classmethod
     @torch.no_grad()
@@ -504,7 +503,7 @@ class Transformer(nn.Module):
             return rest + batch * max_len * 8  # the mask
         scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
         partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
-        if self.decode_block is Block.decode:  # uncompiled attention writes one layer's K or V out in float32, and a flush a group of it
+        if not self.compiled:  # uncompiled attention writes one layer's K or V out in float32, and a flush a group of it
             rest += batch * c.n_kv_heads * c.head_dim * max(5.5 * max_len, 28 * config.group_size)
         return rest + scores + partial
 
@@ -558,12 +557,13 @@ class Transformer(nn.Module):
         The host calls `cache.advance()` before, passes `blocks = cache.blocks(cache.length)`, and `flush` when `cache.due()`.
         """
         pos = self.cache.pos
-        x = self.embed(tokens)
-        cos, sin = self.rope(pos[:, None])
-        for layer in self.layers:
-            x = self.decode_block(layer, x, cos, sin, pos, blocks)
+        x, cos, sin = self.start(self, tokens, pos)
+        q = self.before(self.layers[0], x, cos, sin, pos)
+        for layer, following in pairwise(self.layers):
+            x, q = self.between(layer, following, x, self.attend(layer.cache, q, pos, blocks), cos, sin, pos)
+        y = self.attend(self.layers[-1].cache, q, pos, blocks)
         pos += 1
-        return self.top(self.norm, self.head, x[:, 0])
+        return self.last(self.layers[-1], self.norm, self.head, x, y)
 
     @torch.no_grad()
     def flush(self):
@@ -578,8 +578,19 @@ class Transformer(nn.Module):
         """
         compiled = lambda fn: torch.compile(fn, fullgraph=True)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation for every pair of bits
-        self.flush_block = compiled(_flush)
-        quantized = self.config.weights is not None
+        self.start, self.flush_block, self.compiled = compiled(_start), compiled(_flush), True
+        cuda = self.embed.weight.device.type == "cuda"
+        linear = compiled_weights if cuda and self.config.weights is not None else compiled
+        self.before, self.between, self.last = map(linear, (Block.before, _between, _last))
+        attention = {}
+
+        def attend(cache, *args):  # apart from the linear layers: it has options of its own. A CUDA graph joins the parts, so the seams cost nothing
+            kind = type(cache)
+            if kind not in attention:
+                attention[kind] = compiled_attention(kind, "cuda" if cuda else "cpu")
+            return attention[kind](cache, *args)
+
+        self.attend = attend
         if prefill:
             groups = compiled(quantized_groups)
 
@@ -589,24 +600,6 @@ class Transformer(nn.Module):
                 return groups(x, keep, *how)
 
             self.quantize = quantize
-        if quantized:
-            self.top = compiled(_top)
-        if self.embed.weight.device.type != "cuda":
-            self.decode_block = compiled(Block.decode)
-            return
-        # Attention alone gets the options that suit it; a CUDA graph joins the parts, so the seams cost nothing.
-        parts = Block.before, Block.after, _top
-        before, after, top = map(compiled_weights if quantized else compiled, parts)
-        self.top, attention = top if quantized else _top, {}
-
-        def decode_block(layer, x, cos, sin, pos, blocks):
-            kind = type(layer.cache)
-            if kind not in attention:
-                attention[kind] = compiled_attention(kind, "cuda")
-            q = before(layer, x, cos, sin, pos)
-            return after(layer, x, attention[kind](layer.cache, q, pos, blocks))
-
-        self.decode_block = decode_block
 
 
 def layer_bits(file, n_layers):
@@ -631,8 +624,23 @@ def _flush(layer, pos):
     layer.cache.flush(pos)
 
 
-def _top(norm, head, x):
-    return head(norm(x))
+def _start(model, tokens, pos):
+    """x [B, 1, dim] and the rotation of the tokens [B, 1] at pos [B]."""
+    return model.embed(tokens), *model.rope(pos[:, None])
+
+
+def _attend(cache, q, pos, blocks):
+    return cache.attention(q, pos, blocks)
+
+
+def _between(layer, following, x, y, cos, sin, pos):
+    """From the attention y of one layer to the query of the next: x, q. One function, so that a layer's last sum and the next one's norm are one kernel."""
+    x = layer.after(x, y)
+    return x, following.before(x, cos, sin, pos)
+
+
+def _last(layer, norm, head, x, y):
+    return head(norm(layer.after(x, y)[:, 0]))
 
 
 # The fastest of those timed on an H200, see results/weights-forms.md

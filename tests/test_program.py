@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import generate
 from kivi import FullCache, KiviCache
-from model import Block, Transformer
+from model import Transformer
 
 
 class Terminal(io.StringIO):
@@ -68,9 +68,14 @@ def test_a_line_that_is_too_long_does_not_end_the_conversation(monkeypatch):
     assert code == 0 and "error: " in err and out.startswith("The sea")
 
 
-def as_compiled(monkeypatch, compiled=lambda layer, *args: Block.decode(layer, *args)):
+def as_compiled(monkeypatch, compiled=lambda fn: fn):
     """Lets --compile do as good as nothing: the program cannot tell, and no test waits for Inductor."""
-    monkeypatch.setattr(Transformer, "compile", lambda self, prefill=False: setattr(self, "decode_block", compiled))
+    def compile(self, prefill=False):
+        self.compiled = True
+        for name in ("start", "before", "attend", "between", "last"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+    monkeypatch.setattr(Transformer, "compile", compile)
 
 
 # ---- the statistics ---------------------------------------------------------------------------------------------------------------
@@ -141,10 +146,12 @@ def test_compilation_is_not_decoding(kv, monkeypatch):
     """Guards against tokens/s that count the compilation, and a step that is counted without its time."""
     slow = []
 
-    def first_is_slow(layer, *args):
-        if not slow:
-            slow.append(time.sleep(1.5))
-        return Block.decode(layer, *args)
+    def first_is_slow(fn):
+        def call(*args):
+            if not slow:
+                slow.append(time.sleep(1.5))
+            return fn(*args)
+        return call
 
     as_compiled(monkeypatch, first_is_slow)
     begin = time.perf_counter()
@@ -244,9 +251,9 @@ def test_a_profile_that_cannot_be_is_refused(args, named, tmp_path):
 
 def test_room_is_few_capacities():
     """Guards against a size that is too small, beyond the context, or one of its own for every length."""
-    model = SimpleNamespace(config=SimpleNamespace(max_len=5000), decode_block=Block.decode)
+    model = SimpleNamespace(config=SimpleNamespace(max_len=5000), compiled=False)
     assert [generate.room(model, n) for n in (1, 777, 5000, 6000)] == [1, 777, 5000, 6000]
-    model.decode_block = None
+    model.compiled = True
     sizes = {n: generate.room(model, n) for n in range(1, 5001)}
     assert all(n <= size <= max(1024, 1.25 * n) for n, size in sizes.items())
     assert sorted(set(sizes.values())) == [1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5000]
@@ -258,7 +265,7 @@ def test_room_is_few_capacities():
 def test_the_turns_of_a_conversation_share_one_compilation(monkeypatch):
     """Guards against a recompilation every turn: 20 seconds each on a GPU. (Dynamo decides that; Inductor stays out of it.)"""
     torch._dynamo.reset()
-    as_compiled(monkeypatch, torch.compile(Block.decode, fullgraph=True, backend="eager"))
+    as_compiled(monkeypatch, lambda fn: torch.compile(fn, fullgraph=True, backend="eager"))
     monkeypatch.setattr(generate, "encode", lambda t, messages, _: t.encode("word " * 40 * len(messages)).ids)
     lines, compiled = iter(["one", "two", "three"]), []
 
