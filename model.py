@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, launches, quantized_groups, slices
-from quantize import CHUNK, DOTS, QuantizedLinear, quantize_weight, weight_format
+from quantize import CHUNK, QuantizedLinear, few, quantize_weight, weight_format
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
     "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
@@ -315,7 +315,7 @@ class Block(nn.Module):
         """Exact causal attention over x [B, T, dim]. Reads no cache."""
         return self.after(x, causal(*self.attention.qkv(self.attention_norm(x), cos, sin), self.window))
 
-    def prefill(self, x, cos, sin, lengths, row, chunk, quantize=quantized_groups):
+    def prefill(self, x, cos, sin, lengths, row, chunk, quantize):
         """`forward` in place, `chunk` tokens of every row at a time; K and V go into the rows of the cache from `row` on.
 
         x [B, T, dim], lengths [B] -> x and whether K and V are finite (softmax may swallow a NaN)
@@ -435,9 +435,9 @@ class Transformer(nn.Module):
             layer.cache.pos, layer.cache.index, layer.cache.lengths = first.pos, first.index, first.lengths
         if self.quantize is not quantized_groups and kv != "bf16":  # compiles here, not in the middle of the first prompt
             for layer in self.layers:
-                one = torch.zeros(1, c.n_kv_heads, 1, c.head_dim, **{k: where[k] for k in ("dtype", "device")})
-                layer.cache.fill(one, one, torch.ones(1, dtype=torch.int64, device=one.device), 0, self.quantize)
-                layer.cache.reset()
+                n = min(max_len, 4 * layer.cache.config.group_size + 1)  # more than one block of bytes, see `compile`
+                nothing = torch.zeros(1, c.n_kv_heads, n, c.head_dim, **{k: where[k] for k in ("dtype", "device")})
+                layer.cache.fill(nothing, nothing, torch.ones(1, dtype=torch.int64, device=nothing.device), 0, self.quantize)
 
     def kv_configs(self, kv, **options):
         """The KVConfig of every layer, None for full precision. Arguments and errors as in `setup_caches`."""
@@ -503,7 +503,8 @@ class Transformer(nn.Module):
             return rest + batch * max_len * 8  # the mask
         scores = batch * c.n_heads * max_len * 16  # of a block and its softmax, in float32 and in the type of the product
         partial = batch * c.n_heads * c.head_dim * 8 * config.blocks(max_len)  # every block's result
-        if not self.compiled:  # uncompiled attention writes one layer's K or V out in float32, and a flush a group of it
+        # Uncompiled attention writes one layer's K or V out in float32 beside the codes; a flush does with a group, and what its steps make of it.
+        if not self.compiled:
             rest += batch * c.n_kv_heads * c.head_dim * max(5.5 * max_len, 28 * config.group_size)
         return rest + scores + partial
 
@@ -595,11 +596,13 @@ class Transformer(nn.Module):
             groups = compiled(quantized_groups)
 
             def quantize(x, keep, *how):
+                if len(x) == 1:  # the compiler would take it for a constant
+                    return quantized_groups(x, keep, *how)
                 for y in (x, keep):  # one compilation for all lengths
                     torch._dynamo.maybe_mark_dynamic(y, 0)
                 return groups(x, keep, *how)
 
-            self.quantize = quantize
+        self.quantize = quantize if prefill else quantized_groups
 
 
 def layer_bits(file, n_layers):
@@ -663,13 +666,13 @@ def compiled_weights(fn):
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
     options = {"triton.native_matmul": True, "triton.enable_pdl": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
                "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
-    few, many = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
+    packed, written = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, None))
     choices = weight_launches()
 
     def call(*args):
         x = next(x for x in args if torch.is_tensor(x))
         with V.set_choices_handler(choices):  # attention, compiled in between, has its own
-            return (few if len(x) == 1 or len(x) <= DOTS and x.element_size() == 2 else many)(*args)
+            return (packed if few(x) else written)(*args)
 
     return call
 

@@ -120,7 +120,6 @@ def _check_bits(bits):
 
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
 CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
-NUMBER = torch.bfloat16  # what the tensor cores see bare 8-bit codes as; with float16, inputs of bfloat16 models end at 2^20
 SPLIT = 16384  # most outputs whose dots are cut in two or four parts
 DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
@@ -164,6 +163,11 @@ def quantize_weight(w, bits, group_size=None):
     return tuple(torch.cat(parts) for parts in zip(*out))
 
 
+def few(x):
+    """Does a compiled layer on CUDA read its packed words for x [M, ..]? Otherwise it writes weights out for the library's product."""
+    return len(x) == 1 or len(x) <= DOTS and x.dtype == torch.bfloat16
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights [N, K] are codes of 8 or 4 bits in groups of G consecutive inputs; group_size None: of all K.
 
@@ -196,8 +200,7 @@ class QuantizedLinear(nn.Module):
         elif len(rows) == 1:
             y = self._sum(rows, x.is_cuda)
         else:
-            dots = x.is_cuda and len(rows) <= DOTS and x.dtype in (torch.bfloat16, *[torch.float16] * (self.bits == 8))
-            y = self._dots(rows) if dots else rows @ self.dequantized().mT
+            y = self._dots(rows) if x.is_cuda and few(rows) else rows @ self.dequantized().mT
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
 
     def dequantized(self, first=0, last=None):
@@ -236,7 +239,7 @@ class QuantizedLinear(nn.Module):
         return y[None].to(self.meta.dtype)
 
     def _dots(self, x):
-        """The product for a few rows x [M, K]: one dot a field, all in one kernel, with float32 sums.
+        """The product for a few rows x [M, K] in bfloat16: one dot a field, all in one kernel, with float32 sums.
 
         The masked bits, narrowed to 16, are numbers without a conversion as in `_sum`: code * 2^(p - 133) as a bfloat16, up to bit 8.
         With one group an output the scale commutes with the product, and the tensor cores multiply the bare codes. Otherwise codes
@@ -244,9 +247,7 @@ class QuantizedLinear(nn.Module):
         weights), and the zeros are one more dot, with the sums of the inputs of a word.
         """
         R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
-        W, whole = K // R // F, R == 1
-        dtype = NUMBER if whole and x.dtype == torch.bfloat16 else x.dtype
-        up, unit = (100, -133) if dtype == torch.bfloat16 else (-4, -24)
+        W, whole, dtype, up, unit = K // R // F, R == 1, torch.bfloat16, 100, -133
         S = next((s for s in (4, 2) if N * s <= SPLIT and R * W % (64 * s) == 0), 1)  # parts of a sum, when outputs alone are too few blocks
 
         def dot(a, b):  # [N, words], [M, words] -> [S, N, M]
@@ -270,7 +271,7 @@ class QuantizedLinear(nn.Module):
         y = _stored(y).sum(0) if S > 1 else y[0]
         if whole:
             y = y * scale.float() + zero.float() * x.float().sum(-1)
-        y = y.to(x.dtype)
+        y = y.to(dtype)
         return (y if S > 1 else _stored(y)).mT  # by the kernel of the products, or they would be added up outside it, in their own type
 
     def _meta(self, repeat, raw):
