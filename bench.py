@@ -439,8 +439,12 @@ def shape(args, name):
     return dataclasses.replace(config, n_layers=args.layers or config.n_layers)
 
 
-def loads(args):
-    return [tuple(map(int, text.split("/"))) for text in args.loads]
+def load(text):
+    """(prompt, output) tokens of "prompt/output"."""
+    prompt, output = map(int, text.split("/"))
+    if min(prompt, output) < 1:
+        raise ValueError
+    return prompt, output
 
 
 def cap(device, budget):
@@ -461,7 +465,7 @@ def throughput(args, device):
     for name in args.models or MODELS:
         model = random_model(shape(args, name), device)
         weights = weight_bytes(model)
-        for prompt, output in loads(args):
+        for prompt, output in args.loads:
             other = {}
             for label in args.caches or REQUESTS:
                 kv, options = REQUESTS[label]
@@ -583,7 +587,7 @@ def outside(args, name, results, device):
         except torch.OutOfMemoryError:
             return None
 
-    for (label, (kv, options)), (prompt, output) in itertools.product(OUTSIDE.items(), loads(args)):
+    for (label, (kv, options)), (prompt, output) in itertools.product(OUTSIDE.items(), args.loads):
         begin, lengths = time.perf_counter(), [prompt + round(i * (output - 1) / 3) for i in range(4)]
         unit = options["q_group_size"] // math.gcd(options["q_group_size"], c.n_kv_heads) if options else 1  # rows * heads must be groups
         most = largest_batch(ours, prompt, output, kv, {}, args.budget_gb * 1e9) // unit
@@ -675,7 +679,7 @@ def memory(args, device):
     cap(device, budget)
     for name in args.models or MODELS:
         model = random_model(shape(args, name), device)
-        for prompt, output in [(args.prefill, 64)] if args.prefill else loads(args):
+        for prompt, output in [(args.prefill, 64)] if args.prefill else args.loads:
             batch = args.batch
             for label in args.caches or REQUESTS:
                 kv, options = REQUESTS[label]
@@ -1128,7 +1132,7 @@ def main(argv=None):
         add("--models", nargs="+", choices=[*MODELS, "tiny"], help="which models (default: all but tiny)")
         add("--caches", nargs="+", choices=REQUESTS, help="which caches (default: all)")
         add("--layers", type=int, help="fewer layers than the model has")
-        add("--loads", nargs="+", default=["161/338", "4096/256", "32768/256"], help="prompt/output tokens")
+        add("--loads", nargs="+", type=load, default=[(161, 338), (4096, 256), (32768, 256)], help="prompt/output tokens (default 161/338 4096/256 32768/256)")
         add("--budget-gb", type=float, default=80.0, help="1e9 bytes that a run may take, enforced on CUDA (default 80)")
         if name == "throughput":
             add("--batches", nargs="+", type=int, help="these instead of the largest")

@@ -309,15 +309,13 @@ def main(argv=None):
 def write_quantized(folder, weights, out):
     """Writes a copy of a checkpoint whose linear weights have become the two tensors of a QuantizedLinear, one file at a time.
 
+    `out` appears when all of it is there.
     raises ValueError, OSError: not a checkpoint, weights that do not fit `weights`, or `out` holds files
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     bits, group_size = weight_format(weights)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder")
-    index, files, names, size = folder / "model.safetensors.index.json", [folder / "model.safetensors"], {}, 0
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         quantized = config.get("quantization_config")
@@ -327,7 +325,21 @@ def write_quantized(folder, weights, out):
         raise ValueError(f"{folder} has a config.json or an index that cannot be read ({error}): download it again") from None
     if quantized:
         raise ValueError(f"{folder} holds quantized weights already: use the model's original checkpoint")
-    out.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.mkdir(parents=True)
+    try:
+        _write(folder, part, files, index, config, bits, group_size)
+        part.replace(out)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
+
+
+def _write(folder, out, files, index, config, bits, group_size):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    names, size = {}, 0
     for file in files:
         try:
             tensors = load_file(file)
@@ -338,15 +350,16 @@ def write_quantized(folder, weights, out):
             form = (8, None) if layer == "lm_head." else (bits, group_size)
             tensors |= {layer + kind: x for kind, x in zip(("packed", "meta"), quantize_weight(w, *form))}
         save_file(tensors, out / file.name, metadata={"format": "pt"})
+        shutil.copymode(file, out / file.name)  # not for its writer alone
         names |= dict.fromkeys(tensors, file.name)
         size += sum(x.nbytes for x in tensors.values())
-        print(f"{out / file.name}: {len(tensors)} tensors", file=sys.stderr)
+        print(f"{file.name}: {len(tensors)} tensors", file=sys.stderr)
     if index.exists():
         (out / index.name).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=1) + "\n")
     config["quantization_config"] = {"quant_method": "kivi-weights", "bits": bits, "group_size": group_size}
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for file in folder.iterdir():  # the tokenizer and the like
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("config.json", index.name):
+        if (file.suffix in (".json", ".jinja", ".model") or file.name in ("merges.txt", "vocab.txt")) and file.name not in ("config.json", index.name):
             shutil.copyfile(file, out / file.name)
 
 

@@ -2431,6 +2431,16 @@ def test_the_outside_reference_runs_where_it_is_installed(monkeypatch, capsys):
         assert r["tokens_per_s"] == pytest.approx(r["batch"] * 200 / (r["prefill_s"] + decoding))
 
 
+@pytest.mark.parametrize("what", ("memory", "throughput"))
+@pytest.mark.parametrize("load", ("161", "a/b", "0/5", "1/2/3"))
+def test_malformed_loads_are_named_before_anything_runs(what, load, capsys):
+    """Guards against minutes of measuring before an error."""
+    with pytest.raises(SystemExit) as info:
+        bench.main([what, "--models", "tiny", "--device", "cpu", "--loads", load])
+    captured = capsys.readouterr()
+    assert info.value.code == 2 and load in captured.err and not captured.out
+
+
 def test_without_transformers_the_benchmark_says_so_and_goes_on(monkeypatch, capsys):
     """Guards against a traceback, and against an end without our own rows."""
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -2610,7 +2620,8 @@ def test_wrong_weights_are_refused_in_one_line(name, checkpoint, tmp_path, capsy
 
 
 def test_quantize_refuses_what_it_cannot_write(checkpoint, tmp_path, capsys):
-    """Guards against a traceback, against overwriting files and against quantizing codes; and a config that lies about the file."""
+    """Guards against a traceback, half a checkpoint, overwritten files, quantized codes, a file that only its writer reads, and a config
+    that lies about the file."""
     damaged, out = tmp_path / "damaged", tmp_path / "out"
     damaged.mkdir()
     truncated(checkpoint, damaged)
@@ -2620,7 +2631,9 @@ def test_quantize_refuses_what_it_cannot_write(checkpoint, tmp_path, capsys):
             qz.main([str(a) for a in arguments])
         captured = capsys.readouterr()
         check_error(info.value.code, captured.out, captured.err, named)
+    assert [f.name for f in tmp_path.iterdir()] == ["damaged"]
     qz.main(["--checkpoint", str(checkpoint), "--weights", "int8", "--out", str(tmp_path / "small")])
+    assert (tmp_path / "small" / "model.safetensors").stat().st_mode == (checkpoint / "model.safetensors").stat().st_mode
     with pytest.raises(SystemExit):
         qz.main(["--checkpoint", str(tmp_path / "small"), "--out", str(tmp_path / "smaller")])
     assert "already" in capsys.readouterr().err
