@@ -515,8 +515,9 @@ class KiviCache(Cache):
         independent work when the batch is 1. The window is one more block.
         """
         rows = self.rows(q, half)
-        scores, others = self.scores(rows, blocks), self.other_scores(rows, blocks)
-        return self.merge(q, *self.packed(rows, scores, *others, pos, blocks), *self.window(rows, scores, *others, pos))
+        scores = self.scores(rows, blocks)
+        zeros, recent = self.other_scores(rows, blocks)
+        return self.merge(q, *self.packed(rows, scores, zeros, pos, blocks), *self.window(rows, scores, zeros, recent, pos))
 
     def rows(self, q, half=False):
         """q [B, H, 1, D] as the rows of products: parts [B, Hk, M, D] that add up to it, where M query heads share a KV head.
@@ -526,10 +527,10 @@ class KiviCache(Cache):
         q = q.reshape(len(q), self.k_window.shape[1], -1, q.shape[-1])
         return _halves(q) if half and q.dtype != torch.float32 else [q.float()]
 
-    def packed(self, rows, scores, zeros, recent, pos, blocks):
+    def packed(self, rows, scores, zeros, pos, blocks):
         """Attention over the tokens whose values are quantized, block by block.
 
-        scores, zeros, recent  of these rows, see `scores` and `other_scores`
+        scores, zeros  of these rows, see `scores` and `other_scores`
         returns  largest score and sum of weights [B, Hk, nb, M], weighted values as `values` gives them
         """
         c, nb, C, P = self.config, blocks.shape[0], self.block, len(scores)
@@ -546,7 +547,7 @@ class KiviCache(Cache):
         return top, sum(p).sum(-1), *self.values(p, nb, rows[0].dtype == torch.float16)
 
     def window(self, rows, scores, zeros, recent, pos):
-        """Attention over the tokens whose values are exact, the sinks and the last R + 1; arguments as in `packed`.
+        """Attention over the tokens whose values are exact, the sinks and the last R + 1; arguments as in `packed`, and the scores of the window's keys.
 
         returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
         """
@@ -736,7 +737,7 @@ def compiled_attention(kind, device):
                 main.wait_stream(side)
                 side.wait_stream(main)
                 exact = window(cache, r, s, *dynamic(zeros), recent, pos)
-            quantized = dynamic(*packed(cache, r, s, zeros, recent, pos, blocks))
+            quantized = dynamic(*packed(cache, r, s, zeros, pos, blocks))
             main.wait_stream(side)
             return merge(cache, q, *quantized, *exact)
 
