@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quantize import BITS, dequantize, group_codes, pack, unpack
+from quantize import BITS, dequantize, group_codes, pack, stored, unpack
 
 LAUNCH = {  # of the CUDA kernels, see `launches`; y: rows of packed codes, x: rows of q or p (of scores, in softmax), r: the sum
     "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
@@ -143,21 +143,11 @@ def _product(*terms):
     if codes.dtype == torch.float16:
         if M == 1:  # a product with one row would go to the library, with unpacked codes
             return _product(*((r.expand(*r.shape[:-2], 2, -1), *rest) for r, *rest in terms))[..., :1, :]
-        return _stored(sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)).mT  # `rows` second: padded to 8, not 16
+        return stored(sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)).mT  # `rows` second: padded to 8, not 16
     if torch.compiler.is_compiling() and codes.device.type == "cpu":
         return torch.stack([sum(r[..., m, None, :] * c * factor for r, c, factor in terms).sum(-1) for m in range(M)], -2)
     # Contiguous operands always take one algorithm, so that a row's result does not depend on its batch.
     return sum((rows.contiguous() @ codes.contiguous().mT) * factor for rows, codes, factor in terms)
-
-
-def _stored(x):
-    """x, written to memory by the kernel that computes it.
-
-    Inductor lays out the result of a product in the type of its operands, float16 here, unless float32 arithmetic on it ends
-    in a store of the same kernel; and what it does not store it evaluates again for every reader. `as_strided` is the one
-    operation that needs real strides and so forces the store.
-    """
-    return x.as_strided(x.shape, x.stride())
 
 
 def _halves(q):
@@ -169,7 +159,7 @@ def _halves(q):
     keep = -32 if q.dtype == torch.bfloat16 else -256
     high = (q.view(torch.int16) & keep).view(q.dtype)
     parts = [high.to(torch.float16), (q - high).to(torch.float16)]
-    return [_stored(x) for x in ([torch.cat(parts, -2)] if q.shape[-2] == 1 else parts)]
+    return [stored(x) for x in ([torch.cat(parts, -2)] if q.shape[-2] == 1 else parts)]
 
 
 def _one_row(x, rows):
@@ -568,7 +558,7 @@ class KiviCache(Cache):
         top = recent.amax(-1, keepdim=True)
         p = (recent - top).exp()
         total = p.sum(-1, keepdim=True)
-        p = _stored(p.to(number)) if number == torch.float16 else p
+        p = stored(p.to(number)) if number == torch.float16 else p
         return top, total, _product((p, self.v_window.to(number).mT, 1.0))
 
     def merge(self, q, top, total, out, zeros, window_top, window_total, window):
@@ -637,7 +627,7 @@ class KiviCache(Cache):
         w = w.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]: channels of one group, tokens
         s, z = (self.first(x, nb, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2) for x in (self.v_scale, self.v_zero))  # [B, Hk, nb, P, D / G, C / P]
         if half:
-            p = [_stored(x.to(torch.float16)) for x in p]
+            p = [stored(x.to(torch.float16)) for x in p]
         z = z.float()  # or the sums of p * zero, which largely cancel the others, would be float16
         zero = torch.stack([sum(x * z[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1) for g in range(z.shape[4])], 3)
         terms = [(x[:, :, :, None] * s[:, :, :, a, :, None], *plane) for a, (x, plane) in enumerate(zip(p, _planes(w, c.v_bits, half)))]
@@ -790,7 +780,7 @@ def launches():
             if is_product(node1) or is_product(node2):
                 # A heuristic against peak memory would leave the sum of two products outside their kernel.
                 return shared_data_score > 0
-            # What reads a product joins the product's kernel or none: outside it the product is float16 (see _stored).
+            # What reads a product joins the product's kernel or none: outside it the product is float16 (see `stored`).
             for dep in (*node1.read_writes.reads, *node2.read_writes.reads):
                 buffer = scheduler.name_to_buf.get(dep.name)
                 if buffer is not None and is_product(buffer.defining_op):
