@@ -219,7 +219,7 @@ class ExactFullCache(FullCache):
     def attention(self, q, pos, blocks):
         n = self.tokens
         k, v = self.k[:, :, :n], self.v[:, :, :n]
-        return F.scaled_dot_product_attention(q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def random_model(config, device, weights=None):

@@ -232,7 +232,7 @@ class QuantizedLinear(nn.Module):
         R, F, shift = self.meta.shape[1], 32 // self.bits, 24 - self.bits % 8
         W, (up, unit) = x.shape[1] // R // F, (88, -149) if raw else (0, 0)
         # Words of a group that one step takes together: as many as leave rows of 128, 4 words for each thread of a warp.
-        U = next((u for u in (4, 2) if W % u == 0 and R * W // u % 128 == 0), 1)
+        U = next((u for n in (128, 8) for u in (4, 2) if W % u == 0 and R * W // u % n == 0), 1)
         at = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device)
         at = torch.where(at < 24, at, at - shift)
         x = x.float().view(R, F, W) * (127 + up - at << 23).view(torch.float32)[:, None]  # by its bits, 2^(up - at)
@@ -245,8 +245,11 @@ class QuantizedLinear(nn.Module):
                 product = product + (w.view(torch.float32) if raw else w.float()) * x[i, u]
                 total = total + x[i, u] * 2.0 ** (p + unit)  # once for all outputs of a thread
         scale, zero = (m.float() for m in self._meta(W // U, raw))
-        y = (product * scale + total * zero).sum(-1) * 2.0 ** (-up - unit)
-        return y[None].to(self.meta.dtype)
+        y = product * scale + total * zero
+        # Few outputs with long sums leave the GPU without enough work at a time: parts of 128, added up by whatever reads the result.
+        S = y.shape[-1] // 128 if raw and len(y) <= 8192 and y.shape[-1] in range(256, 1025, 128) else 1
+        y = stored(y.unflatten(-1, (S, -1)).transpose(0, 1).sum(-1)).sum(0) if S > 1 else y.sum(-1)
+        return (y * 2.0 ** (-up - unit))[None].to(self.meta.dtype)
 
     def _dots(self, x):
         """The product for a few rows x [M, K] in bfloat16: one dot a field, all in one kernel, with float32 sums.
