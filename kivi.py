@@ -339,8 +339,10 @@ class FullCache(Cache):
         seen = torch.arange(n, device=q.device) <= pos[:, None, None, None]  # [B, 1, 1, n]
         if self.sliding is not None:
             seen = seen & (torch.arange(n, device=q.device) > (pos - self.sliding)[:, None, None, None])
-        # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times.
-        return F.scaled_dot_product_attention(q.reshape(B, Hk, -1, D).to(k.dtype), k, v, attn_mask=seen).reshape(q.shape).to(q.dtype)
+        # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times. Of 16-bit numbers on CUDA
+        # the library does that itself, and cuts long rows into parts besides.
+        rows = q if q.is_cuda and k.dtype != torch.float32 else q.reshape(B, Hk, -1, D)
+        return F.scaled_dot_product_attention(rows.to(k.dtype), k, v, attn_mask=seen, enable_gqa=rows.shape[1] != Hk).reshape(q.shape).to(q.dtype)
 
     def traffic(self, length):
         """As in KiviCache."""

@@ -2708,6 +2708,24 @@ def test_compiling_attention_leaves_inductor_as_it_was():
 
 
 @cuda
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("n_heads, sliding", ((2, None), (8, None), (8, 300)))
+def test_full_cache_on_cuda(n_heads, sliding, compiled, fresh_compiler):
+    """The baseline in bfloat16, one and four query heads a KV head, rows of unequal lengths. Guards against a benchmark that is won against
+    a wrong opponent, and against keys of other heads."""
+    lengths = (1, 60, 900)
+    q, k, v = (randn(3, h, n, 128, seed=h + n, dtype=torch.bfloat16).cuda() for h, n in ((n_heads, 1), (2, 900), (2, 901)))
+    v = v[:, :, 1:]
+    cache = FullCache(3, 2, 1024, 128, sliding=sliding, dtype=torch.bfloat16, device="cuda")
+    cache.prefill(k, v, lengths)
+    call = kivi.compiled_attention(FullCache, "cuda") if compiled else FullCache.attention
+    out = call(cache, q, cache.pos - 1, cache.blocks(900))
+    for b, n in enumerate(lengths):
+        first = max(0, n - (sliding or n))
+        assert rel(out[b, :, 0], dense_attention(q[b, :, 0], k[b, :, first:n], v[b, :, first:n])) <= 4e-3
+
+
+@cuda
 @pytest.mark.parametrize("name", CASES)
 def test_attend_on_cuda(name, fresh_compiler):
     """bfloat16 against float32 attention over dequantized(). Guards against GPU-only arithmetic: word width, reduced precision."""
