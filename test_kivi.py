@@ -2651,6 +2651,21 @@ def torchrun(n, *args):
     return subprocess.run([*start, "--device", "cpu", *map(str, args)], capture_output=True, text=True, timeout=120, env=env, cwd=HERE)
 
 
+def test_sums_go_through_each_others_memory_only_where_it_can_be_reached(monkeypatch):
+    """Guards against a job of several hosts, or of GPUs that cannot reach each other, that dies in its first step."""
+    from torch.distributed import _symmetric_memory
+
+    asked = []
+    monkeypatch.setattr(_symmetric_memory, "enable_symm_mem_for_group", asked.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for local, reached, want in (("1", True, False), ("2", False, False), ("2", True, True)):
+        monkeypatch.setattr(torch._inductor.config._collective, "auto_select", False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: reached and (device.index, other) == (0, 1))
+        generate.sum_directly(torch.device("cuda", 0))
+        assert (torch._inductor.config._collective.auto_select, bool(asked)) == (want, want)
+
+
 @pytest.mark.parametrize("n", (2, pytest.param(4, marks=slow)))
 def test_processes_that_share_the_heads_write_the_same_text(n, tmp_path):
     """The embedded checkpoint, a batch of 3 ragged prompts, 2-bit caches; with 4 processes, two hold each KV head. Guards against a
