@@ -7,7 +7,7 @@
     python bench.py quality          perplexity, KL and retrieval through the cache; --study: the long table; --tune: bits a layer
 
 Times are medians of CUDA-graph replays over enough caches to exceed the L2 (wall-clock medians on a CPU). The last line of
-stdout is one JSON object; --json FILE writes it.
+stdout is one JSON object; --json FILE writes it, after Ctrl-C or SIGTERM what has been measured until then.
 """
 import argparse
 import dataclasses
@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import time
@@ -137,7 +138,7 @@ def attention(args, device):
     """One layer's decode attention: SDPA, FlexAttention, FullCache and the packed caches, with the error beside every time."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    dtype, results = torch.bfloat16, []
+    dtype, results = torch.bfloat16, args.done.setdefault("rows", [])
     bandwidth = copy_bandwidth(device)
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     for name in args.shapes or [n for n in SHAPES if n.startswith("cpu") == (device.type == "cpu")]:
@@ -251,7 +252,7 @@ def weight_bytes(model):
 
 def decode(args, device):
     """A whole decode step, random weights, beside its roofline: weights and KV bytes over the measured copy bandwidth."""
-    bandwidth, results = copy_bandwidth(device), []
+    bandwidth, results = copy_bandwidth(device), args.done.setdefault("rows", [])
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     for name, form in itertools.product(args.models or MODELS, args.weights):
         config, B, T = {**MODELS, **LARGE}[name]
@@ -459,7 +460,8 @@ def throughput(args, device):
     A row's tokens/s count prefill and decoding of the whole load. Its time is that of one measured group of the prefill times the
     groups, and the measured decode step integrated over 4 lengths; `--verify` runs one batch of each load from end to end beside it.
     """
-    bandwidth, flops, results, budget = copy_bandwidth(device), matmul_speed(device), [], args.budget_gb * 1e9
+    bandwidth, flops, budget = copy_bandwidth(device), matmul_speed(device), args.budget_gb * 1e9
+    results = args.done.setdefault("rows", [])
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, matrix product {flops / 1e12:.0f} TFLOP/s, budget {args.budget_gb:g} GB")
     cap(device, budget)
     for name in args.models or MODELS:
@@ -646,7 +648,7 @@ def plot(results, prefix):
 
 def memory(args, device):
     """Bytes a token of the caches, by the formula and as allocated, and the peak of whole runs with the weights."""
-    table, runs = [], []
+    table, runs = (args.done.setdefault(key, []) for key in ("bytes_per_token", "runs"))
     on_device = (lambda: (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())) if device.type == "cuda" else None
     for name in args.models or MODELS:
         c = shape(args, name)
@@ -1163,7 +1165,8 @@ def main(argv=None):
     add("--tuned", metavar="FILE", help="where --tune writes (default kvtuner-BITS.yaml)")
     add("--plot", metavar="DIR", help="draw the results (needs matplotlib)")
     add("--dtype", choices=generate.DTYPES, default="float32", help="of the model")
-    args = p.parse_args(argv)
+    args, result = p.parse_args(argv), {}
+    args.done = {}  # the rows so far
     try:
         try:
             device = torch.device(args.device)
@@ -1177,8 +1180,11 @@ def main(argv=None):
         if args.json:
             open(args.json, "ab").close()  # what cannot be written should be known before hours of measuring
         torch.manual_seed(0)
+        result = {"what": args.what, **machine(device)}
         with torch.no_grad():
-            result = {"what": args.what, **machine(device), **globals()[args.what](args, device)}
+            result |= globals()[args.what](args, device)
+    except KeyboardInterrupt:  # what is measured stays
+        result |= {**args.done, "unfinished": True}
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -1187,7 +1193,10 @@ def main(argv=None):
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     generate.leave()
+    if "unfinished" in result:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of `timeout`, as Ctrl-C
     main()

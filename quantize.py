@@ -247,7 +247,7 @@ class QuantizedLinear(nn.Module):
         scale, zero = (m.float() for m in self._meta(W // U, raw))
         y = product * scale + total * zero
         # Few outputs with long sums leave the GPU without enough work at a time: parts of 128, added up by whatever reads the result.
-        S = y.shape[-1] // 128 if raw and len(y) <= 8192 and y.shape[-1] in range(256, 1025, 128) else 1
+        S = y.shape[-1] // 128 if raw and len(y) <= 8192 and y.shape[-1] in range(512, 1025, 128) else 1
         y = stored(y.unflatten(-1, (S, -1)).transpose(0, 1).sum(-1)).sum(0) if S > 1 else y.sum(-1)
         return (y * 2.0 ** (-up - unit))[None].to(self.meta.dtype)
 

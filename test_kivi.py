@@ -2431,6 +2431,20 @@ def test_the_outside_reference_runs_where_it_is_installed(monkeypatch, capsys):
         assert r["tokens_per_s"] == pytest.approx(r["batch"] * 200 / (r["prefill_s"] + decoding))
 
 
+def test_a_benchmark_that_is_ended_writes_what_it_has_measured(tmp_path):
+    """SIGTERM, as `timeout` sends it, after the first row. Guards against hours of measuring without a file."""
+    file = tmp_path / "rows.json"
+    run = subprocess.Popen([sys.executable, str(HERE / "bench.py"), "throughput", "--models", "tiny", "--device", "cpu", "--loads", "161/20", "161/30", "161/40", "161/50",
+                            "--budget-gb", "0.02", "--json", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [next(line for line in run.stderr if "tokens/s" in line)]
+    run.terminate()
+    out, err = run.communicate(timeout=60)
+    result = json.loads(file.read_text())
+    assert run.returncode == 130 and "Traceback" not in err and json.loads(out.splitlines()[-1]) == result and result["unfinished"]
+    said = len(lines + [line for line in err.splitlines() if " tokens/s, prefill" in line])
+    assert said <= len(result["rows"]) <= said + 1 and said < 12 and result["rows"][0]["tokens_per_s"] > 0  # a row is kept, then said
+
+
 @pytest.mark.parametrize("what", ("memory", "throughput"))
 @pytest.mark.parametrize("load", ("161", "a/b", "0/5", "1/2/3"))
 def test_malformed_loads_are_named_before_anything_runs(what, load, capsys):
