@@ -301,6 +301,9 @@ class FullCache(Cache):
         for name in "kv":
             buffer = torch.zeros(batch, n_kv_heads, self.capacity(max_len), head_dim, dtype=dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
+        # Does the library take groups of heads with a mask? cuDNN's attention does, and cuts long rows into parts: up to 15 times as fast
+        # (results/attention-forms.md). Where it is not preferred, K and V would be copied for every query head.
+        self.grouped = buffer.is_cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
     @classmethod
     def capacity(cls, max_len):
@@ -339,9 +342,8 @@ class FullCache(Cache):
         seen = torch.arange(n, device=q.device) <= pos[:, None, None, None]  # [B, 1, 1, n]
         if self.sliding is not None:
             seen = seen & (torch.arange(n, device=q.device) > (pos - self.sliding)[:, None, None, None])
-        # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times. Of 16-bit numbers on CUDA
-        # the library does that itself, and cuts long rows into parts besides.
-        rows = q if q.is_cuda and k.dtype != torch.float32 else q.reshape(B, Hk, -1, D)
+        # The query heads of one KV head become the rows of one product: each key is read once, not H / Hk times.
+        rows = q if self.grouped else q.reshape(B, Hk, -1, D)
         return F.scaled_dot_product_attention(rows.to(k.dtype), k, v, attn_mask=seen, enable_gqa=rows.shape[1] != Hk).reshape(q.shape).to(q.dtype)
 
     def traffic(self, length):
