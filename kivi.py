@@ -31,6 +31,7 @@ from math import lcm, prod
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from quantize import BITS, dequantize, group_codes, pack, stored, unpack
 
@@ -81,9 +82,9 @@ class KVConfig:
     def block(self, max_len):
         """Tokens in a block of attention. Long caches have long blocks: every block of every head writes a partial result.
 
-        Between 257 and 512 tokens one block: as two it would also be read whole, see `Cache.blocks`.
+        Of up to 512 tokens, some of them beyond 256, one: two would also be read whole, see `Cache.blocks`.
         """
-        tokens = next((t for t, least in ((2048, 65536), (1024, 8192), (512, 4096), (256, 513), (512, 257)) if max_len >= least), 256)
+        tokens = next((t for t, least in ((2048, 65536), (1024, 8192), (512, 4096), (256, 513), (512, 257 + self.residual)) if max_len >= least), 256)
         return self.unit * max(1, tokens // self.unit)
 
     def blocks(self, max_len):
@@ -301,9 +302,10 @@ class FullCache(Cache):
         for name in "kv":
             buffer = torch.zeros(batch, n_kv_heads, self.capacity(max_len), head_dim, dtype=dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
-        # Does the library take groups of heads with a mask? cuDNN's attention does, and cuts long rows into parts: up to 15 times as fast
-        # (results/attention-forms.md). Where it is not preferred, K and V would be copied for every query head.
-        self.grouped = buffer.is_cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        # Does the library have a kernel for groups of heads with a mask? cuDNN's cuts long rows into parts and is up to 15 times as fast as
+        # rows (results/attention-forms.md). Without one, K and V would be copied for every query head.
+        q, one, mask = (torch.empty(1, *shape, dtype=t, device=device) for shape, t in (((2, 1, head_dim), dtype), ((1, 128, head_dim), dtype), ((1, 1, 128), torch.bool)))
+        self.grouped = q.is_cuda and torch._fused_sdp_choice(q, one, one, attn_mask=mask, enable_gqa=True) != SDPBackend.MATH.value
 
     @classmethod
     def capacity(cls, max_len):
@@ -763,7 +765,7 @@ def launches():
             if torch.uint8 in types:
                 return "packed"
             values = n.isdigit() and int(n) % 32 and torch.float32 not in types
-            return "window" if values and features.numel > 2**14 else "plain"  # of a few rows one pass is shorter: 2.7 against 3.7 us at B = 1
+            return "window" if values and features.numel > 2**13 else "plain"  # of a few rows one pass is shorter: 2.7 against 3.7 us at B = 1
         if not features.is_reduction() or n.isdigit() and int(n) > 512:
             return None
         return "softmax" if n.isdigit() else "blocks"
@@ -801,7 +803,7 @@ def launches():
             return 1 if reduction_numel <= 8192 else InductorChoices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return "kivi-4"  # part of the key of the compile caches: change it with the tile
+            return "kivi-5"  # part of the key of the compile caches: change it with the tile
 
     return Launches()
 

@@ -583,7 +583,7 @@ class Transformer(nn.Module):
         compiled = lambda fn: torch.compile(fn, fullgraph=True, options=SMALL if cuda else None)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation for every pair of bits
         self.start, self.flush_block, self.compiled = compiled(_start), compiled(_flush), True
-        linear = compiled_weights if cuda and self.config.weights is not None else compiled
+        linear = partial(compiled_weights, joined=not self.config.parallel) if cuda and self.config.weights is not None else compiled
         self.before, self.between, self.last = map(linear, (Block.before, _between, _last))
         attention = {}
 
@@ -664,12 +664,15 @@ PRODUCTS = {  # and with more, by bits and XBLOCK: x rows, y outputs. 4 bits kee
 }
 
 
-def compiled_weights(fn):
-    """`fn`, compiled so that a QuantizedLinear reads its packed words in the kernel that multiplies (Inductor's native_matmul)."""
+def compiled_weights(fn, joined=True):
+    """`fn`, compiled so that a QuantizedLinear reads its packed words in the kernel that multiplies (Inductor's native_matmul).
+
+    joined  small kernels that do not depend on each other as one launch: not where two such layers do not, which would lose their launches
+    """
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {**SMALL, "triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
+    options = {**SMALL, "combo_kernels": joined, "triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
                "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
     packed, written = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, SMALL))
     choices = weight_launches()

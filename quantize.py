@@ -231,7 +231,7 @@ class QuantizedLinear(nn.Module):
         """
         R, F, shift = self.meta.shape[1], 32 // self.bits, 24 - self.bits % 8
         W, (up, unit) = x.shape[1] // R // F, (88, -149) if raw else (0, 0)
-        # Words of a group that one step takes together: as many as leave rows of 128, 4 words for each thread of a warp.
+        # Words of a group that one step takes together: as many as leave rows of 128, 4 words for each thread of a warp, or else of 8 (11008 inputs).
         U = next((u for n in (128, 8) for u in (4, 2) if W % u == 0 and R * W // u % n == 0), 1)
         at = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device)
         at = torch.where(at < 24, at, at - shift)
