@@ -150,8 +150,9 @@ def attention(args, device):
             torch.cuda.empty_cache() if device.type == "cuda" else None
             error = ((out.float() - ref).norm() / ref.norm()).item()
             seconds = timed(calls, device)
-            rows[label] = {"shape": name, "form": label, "us": seconds * 1e6, "GB/s": nbytes / seconds / 1e9, "bytes": nbytes,
+            row = rows[label] = {"shape": name, "form": label, "us": seconds * 1e6, "GB/s": nbytes / seconds / 1e9, "bytes": nbytes,
                            "floor_us": nbytes / bandwidth * 1e6, "error": error}
+            results.append(row)
             say(f"  {name:9} {label:12} {seconds * 1e6:9.1f} us  {100 * nbytes / bandwidth / seconds:5.1f} % of its floor  error {error:.1e}")
 
         def attempt(label, work):
@@ -202,7 +203,6 @@ def attention(args, device):
         best = min(r["us"] for f, r in rows.items() if not f.startswith("kivi"))
         for r in rows.values():
             r["ratio"] = best / r["us"]
-        results += rows.values()
         del k, v, ref
         torch.compiler.reset()
     print(f"\ncopy bandwidth {bandwidth / 1e9:.0f} GB/s\n\n| shape (B, H, Hk, T, D) | form | us | GB/s | of its floor | against best bf16 | error |\n|---|---|---|---|---|---|---|")
@@ -213,7 +213,7 @@ def attention(args, device):
 
 
 class ExactFullCache(FullCache):
-    """The strongest baseline: attention over exactly the tokens present in all rows, without a mask (flash attention)."""
+    """The strongest baseline: the library's attention over exactly the tokens present in all rows, without a mask."""
 
     tokens = 0
 
@@ -345,7 +345,7 @@ def clear(device):
 
 
 def compile_step(model, kv, device):
-    """The compiled step of a measurement. Full precision: flash attention of the library over exactly the tokens present."""
+    """The compiled step of a measurement. Full precision: the library's attention over exactly the tokens present."""
     torch.compiler.reset()
     if device.type != "cuda":
         return
@@ -1022,10 +1022,12 @@ def quality(args, device):
 
     some, given, target = part(score)
     lengths, base, results = [n for n in args.lengths if n <= model.config.max_len], None, {}
+    done = args.done.setdefault("rows", [])
     for label, cache in {**caches, **fakes}.items():
         logp = decoded(model, cache, some, given)
         base = logp if base is None else base
-        r = results[label] = {"cache": label, "simulated": label in fakes, **text_metrics(logp, base, target), "retrieval": {}, "answer_loss": {}}
+        done.append(r := {"cache": label, "simulated": label in fakes, **text_metrics(logp, base, target), "retrieval": {}, "answer_loss": {}})
+        results[label] = r
         longest = lengths[-1] if lengths else rows.shape[1]
         if label in fakes:
             r["bits"] = cache.bits(model.config.head_dim)
@@ -1069,7 +1071,7 @@ def quality(args, device):
     if args.plot:
         pictures(list(results.values()), Path(args.plot), lengths)
     return {"checkpoint": args.checkpoint or "tiny", "weights": args.weights, "rows_of_text": len(target), "prefill": args.prefill, "scored": target.numel(),
-            "seconds": time.perf_counter() - begin, "rows": list(results.values())}
+            "seconds": time.perf_counter() - begin, "rows": done}
 
 
 def found(row, task, length):
@@ -1183,13 +1185,15 @@ def main(argv=None):
         result = {"what": args.what, **machine(device)}
         with torch.no_grad():
             result |= globals()[args.what](args, device)
-    except KeyboardInterrupt:  # what is measured stays
+    except KeyboardInterrupt:
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.SIG_IGN)  # `timeout` sends two
         result |= {**args.done, "unfinished": True}
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     result |= {"processes": generate.processes()} if generate.processes() > 1 else {}
-    if args.json and int(os.environ.get("RANK", 0)) == 0:
+    if args.json and int(os.environ.get("RANK", 0)) == 0 and (any(args.done.values()) or "unfinished" not in result):  # what is there may be better
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     generate.leave()
