@@ -2667,17 +2667,18 @@ def torchrun(n, *args):
 
 def test_sums_go_through_each_others_memory_only_where_it_can_be_reached(monkeypatch):
     """Guards against a job of several hosts, or of GPUs that cannot reach each other, that dies in its first step."""
+    from torch._inductor import config
     from torch.distributed import _symmetric_memory
 
     asked = []
     monkeypatch.setattr(_symmetric_memory, "enable_symm_mem_for_group", asked.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for local, reached, want in (("1", True, False), ("2", False, False), ("2", True, True)):
-        monkeypatch.setattr(torch._inductor.config._collective, "auto_select", False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: device == 0 or reached)
-        generate.sum_directly()
-        assert (torch._inductor.config._collective.auto_select, bool(asked)) == (want, want)
+        with config.patch({"_collective.auto_select": False}):
+            generate.sum_directly()
+            assert (config._collective.auto_select, bool(asked)) == (want, want)
 
 
 @pytest.mark.parametrize("n", (2, pytest.param(4, marks=slow)))
