@@ -88,7 +88,7 @@ def timed(calls, device, repeats=30):
             seconds.append((time.perf_counter() - start) / len(calls))
         return statistics.median(seconds)
     calls = calls * -(-8 // len(calls))  # or the launch of the graph would count: 5 us of a single call
-    stream = torch.cuda.Stream()
+    stream = generate.side_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:

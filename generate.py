@@ -16,6 +16,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -198,6 +199,9 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None):
     return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
 
 
+side_stream = lru_cache(torch.cuda.Stream)  # of a device, always the same: the library keeps a workspace, 32 MB on a Hopper, for every stream that multiplies
+
+
 class Decoder:
     """One decode step a call, with `model`'s caches filled by a prefill: reads and replaces `token` [B, 1] on the device."""
 
@@ -237,7 +241,7 @@ class Decoder:
         key = len(blocks)
         if key not in self.graphs:
             token, pos = self.token.clone(), self.model.cache.pos.clone()
-            stream = torch.cuda.Stream()
+            stream = side_stream(token.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles; a repeated step writes the same bytes to the same places
                 self._step(blocks)
