@@ -1,4 +1,4 @@
-"""Run: pytest test_kivi.py        (about 2 minutes on two cores; KIVI_SLOW=1 adds 2 more; no network, no GPU needed)
+"""Run: pytest test_kivi.py        (about 4 minutes on two cores with those in tests/; KIVI_SLOW=1 adds 3 more; no network, no GPU needed)
 
 The code under test is compared with references written here in plain Python or plain PyTorch, never with itself:
 `ref_group` (scalar quantizer), `ref_read` (what a cache of T tokens shows), `dense_attention`, `RefKivi` and `RefLlama`
