@@ -256,8 +256,6 @@ class Decoder:
         self.graphs[key].replay()
 
 
-
-
 class Mailbox:
     """Tokens on their way to the host: `post` now, `read` a step later, so that the device never idles for the host."""
 

@@ -462,7 +462,7 @@ class Transformer(nn.Module):
         prompt   tokens of the longest prompt; max_len capacity of the caches; kv, options as in `setup_caches`
         returns  dict; full precision counts as codes. The caches' parts equal the allocation; activations estimate what
                  prefill or a decode step allocates beside weights and caches, whichever is more: nearly all of it on a CPU,
-                 on an H200 runs of 80 GB took up to 0.8 GB more
+                 on an H200 runs took up to 0.8 GB more, whatever the batch
         """
         c, dtype = self.config, self.embed.weight.dtype
         weights = [*self.parameters(), *(b for name, b in self.named_buffers() if ".cache." not in name)]
