@@ -894,8 +894,9 @@ def stored_bits(model, length):
     whole = size(b for c in caches for b in c.buffers()) / heads / length
     if isinstance(caches[0], FullCache):
         return 16.0, whole
-    packed = [b for c in caches for name, b in c.named_buffers() if name.endswith(("packed", "scale", "zero"))]
-    return size(packed) / heads / (caches[0].k_scale.shape[2] * caches[0].config.group_size), whole
+    config, n = caches[0].config, caches[0].max_len
+    held = ((config.capacity(n), "packed"), (config.grouped(n), ("scale", "zero")))  # tokens that these buffers hold
+    return sum(size(b for c in caches for name, b in c.named_buffers() if name.endswith(parts)) / heads / tokens for tokens, parts in held), whole
 
 
 def paragraph(tokenizer, text):

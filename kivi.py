@@ -95,17 +95,22 @@ class KVConfig:
         """Tokens whose codes the buffers of one row hold, in whole units: the others are always in the window."""
         return max(1, -(-(max_len // self.residual * self.residual) // self.unit)) * self.unit
 
-    def tail(self, max_len):
-        """Tokens that the last block of the last row reads beyond its buffers; in every other row it reads into the next row."""
-        return max(0, self.blocks(max_len) * self.block(max_len) - self.capacity(max_len))
+    def grouped(self, max_len):
+        """Tokens whose scales and zeros they hold: only the codes need whole bytes."""
+        return max(1, max_len // self.residual) * self.residual
+
+    def tails(self, max_len):
+        """Tokens of codes, and of scales and zeros, that the last block of the last row reads beyond its buffers; in every other row it reads
+        into the next row."""
+        return [max(0, self.blocks(max_len) * self.block(max_len) - n) for n in (self.capacity(max_len), self.grouped(max_len))]
 
     def parts(self, batch, n_kv_heads, max_len, head_dim, dtype):
         """Bytes of one layer's cache by part, from shapes alone: codes, metadata, window, positions."""
         rows = batch * n_kv_heads
-        elements = (rows * self.capacity(max_len) + self.tail(max_len)) * head_dim
+        codes, grouped = ((rows * n + tail) * head_dim for n, tail in zip((self.capacity(max_len), self.grouped(max_len)), self.tails(max_len)))
         return {
-            "codes": elements * (self.k_bits + self.v_bits) // 8,
-            "metadata": elements // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
+            "codes": codes * (self.k_bits + self.v_bits) // 8,
+            "metadata": grouped // self.group_size * 4 * dtype.itemsize,  # scale and zero of K and of V
             "window": rows * (self.sink + self.residual + 1) * head_dim * 2 * dtype.itemsize,
             "positions": batch * 8 + self.blocks(max_len) * 4,
         }
@@ -372,7 +377,7 @@ class KiviCache(Cache):
         c.check(head_dim)
         super().__init__(batch, max_len, c.block(max_len), c.blocks(max_len), device, sliding)
         self.config = c
-        B, Hk, D, G, W, T = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len)
+        B, Hk, D, G, W, T, N = batch, n_kv_heads, head_dim, group_size, sink + residual + 1, c.capacity(max_len), c.grouped(max_len) // group_size
 
         def buffer(name, *shape, dtype=dtype, tail=0):
             whole = torch.zeros(B * Hk * prod(shape) + tail * D // G, dtype=dtype, device=device)
@@ -382,13 +387,13 @@ class KiviCache(Cache):
             if tail:
                 self.register_buffer(name + "_tail", whole[x.numel() :], persistent=False)
 
-        meta, tail = self.meta_dtype(dtype, device), c.tail(max_len)
+        meta, (tail, meta_tail) = self.meta_dtype(dtype, device), c.tails(max_len)
         buffer("k_packed", T // G * k_bits // 8, G, D, dtype=torch.uint8, tail=tail * G * k_bits // 8)
-        buffer("k_scale", T // G, D, dtype=meta, tail=tail)
-        buffer("k_zero", T // G, D, dtype=meta, tail=tail)
+        buffer("k_scale", N, D, dtype=meta, tail=meta_tail)
+        buffer("k_zero", N, D, dtype=meta, tail=meta_tail)
         buffer("v_packed", T // G * v_bits // 8, D, G, dtype=torch.uint8, tail=tail * G * v_bits // 8)
-        buffer("v_scale", T // G, D // G, G, dtype=meta, tail=tail)  # tokens last, as in v_packed
-        buffer("v_zero", T // G, D // G, G, dtype=meta, tail=tail)
+        buffer("v_scale", N, D // G, G, dtype=meta, tail=meta_tail)  # tokens last, as in v_packed
+        buffer("v_zero", N, D // G, G, dtype=meta, tail=meta_tail)
         buffer("k_window", W, D)
         buffer("v_window", W, D)
 
@@ -448,8 +453,8 @@ class KiviCache(Cache):
                     target = getattr(self, f"{name}_{part}")[row : row + B]
                     y = y.mT if name == "v" else y
                     y = y.reshape(B, Hk, -1, *target.shape[3:])
-                    first = a // G * (bits if part == "packed" else 8) // 8
-                    target[:, :, first : first + y.shape[2]].copy_(y if part == "packed" else self.meta(y))
+                    target = target[:, :, a // G * (bits if part == "packed" else 8) // 8 :][:, :, : y.shape[2]]
+                    target.copy_((y if part == "packed" else self.meta(y))[:, :, : target.shape[2]])  # there may be fewer groups than whole bytes hold
 
     def quantize_v(self, v):
         """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
@@ -656,7 +661,7 @@ class KiviCache(Cache):
         """(k, v) [B, Hk, L, D] float32: exactly what attend reads now; zeros beyond a row's own length."""
         c, L = self.config, self.length
         B, Hk, W, D = self.k_window.shape
-        codes = lambda name, bits: unpack(getattr(self, f"{name}_packed").unsqueeze(3), bits, dim=3).flatten(2, 3)
+        codes = lambda name, bits: unpack(getattr(self, f"{name}_packed").unsqueeze(3), bits, dim=3).flatten(2, 3)[:, :, : self.k_scale.shape[2]]
         meta = lambda name: (getattr(self, f"{name}_{part}").float() for part in ("scale", "zero"))
         s, z = (x.unsqueeze(3) for x in meta("k"))
         k = dequantize(codes("k", c.k_bits), s, z, dim=3).flatten(2, 3)
