@@ -748,6 +748,11 @@ def compiled_attention(kind, device):
     return call
 
 
+def is_product(node):
+    """Is a node of Inductor's scheduler a `tl.dot`?"""
+    return node is not None and not node.is_template() and node.is_native_matmul()
+
+
 def launches():
     """Inductor's `inductor_choices_class` for `compiled_attention`: fixed launches for the kernels of attention, the fastest of those measured (results/).
 
@@ -791,7 +796,6 @@ def launches():
 
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
-            is_product = lambda node: node is not None and not node.is_template() and node.is_native_matmul()
             if is_product(node1) or is_product(node2):
                 # A heuristic against peak memory would leave the sum of two products outside their kernel.
                 return shared_data_score > 0

@@ -281,11 +281,10 @@ class QuantizedLinear(nn.Module):
             y = y + dot(codes, fields[i]) * ((-1) ** whole * 2.0 ** (-up - unit - p % 8))
         if not whole:
             y = y + dot(zero, fields[F])
-        y = stored(y).sum(0) if S > 1 else y[0]
+        y = stored(y).sum(0).mT  # by the kernel of the products, or they would be added up outside it, in their own type
         if whole:
-            y = y * scale.float() + zero.float() * x.float().sum(-1)
-        y = y.to(dtype)
-        return (y if S > 1 else stored(y)).mT  # by the kernel of the products, or they would be added up outside it, in their own type
+            y = y * scale.float()[:, 0] + zero.float()[:, 0] * x.float().sum(-1, keepdim=True)
+        return stored(y.to(dtype).contiguous())  # rows again: as columns their readers would wait for single numbers
 
     def _meta(self, repeat, raw):
         """Scale and zero for every word: [N, repeat * K / G], the groups over and over.
