@@ -380,15 +380,15 @@ def forget_graphs(decoder):
     decoder.graphs, decoder.pool = None if decoder.graphs is None else {}, None
 
 
-def prefill_seconds(model, batch, prompt, device, repeats=1):
-    """Seconds of a prefill of `batch` rows: a loop over groups of rows, of which the first is measured."""
+def prefill_seconds(model, batch, prompt, device):
+    """Seconds of a prefill of `batch` rows: a loop over groups of rows, of which the first is measured, five times where it is short."""
     rows, chunk = model.groups(prompt)
     rows = min(rows, batch)
     tokens = torch.randint(model.config.vocab_size, (rows, prompt), device=device)
     model.cache.pos.fill_(prompt)
     call = lambda: model.prefill_rows(tokens, 0, chunk)
     call() if prompt <= 4096 else None  # warm-up; a long prompt is its own
-    return seconds(call, device, repeats) * batch / rows
+    return seconds(call, device, 5 if prompt <= 4096 and device.type == "cuda" else 1) * batch / rows
 
 
 def step_seconds(model, batch, lengths, device, repeats=9):
