@@ -381,13 +381,13 @@ def forget_graphs(decoder):
 
 
 def prefill_seconds(model, batch, prompt, device):
-    """Seconds of a prefill of `batch` rows: a loop over groups of rows, of which the first is measured, five times where it is short."""
+    """Seconds of a prefill of `batch` rows: a loop over groups of rows, of which the first is measured (on CUDA five times where it is short)."""
     rows, chunk = model.groups(prompt)
     rows = min(rows, batch)
     tokens = torch.randint(model.config.vocab_size, (rows, prompt), device=device)
     model.cache.pos.fill_(prompt)
     call = lambda: model.prefill_rows(tokens, 0, chunk)
-    call() if prompt <= 4096 else None  # warm-up; a long prompt is its own
+    call()  # warm-up: the first of a process takes 0.2 s longer, which `batch` would multiply
     return seconds(call, device, 5 if prompt <= 4096 and device.type == "cuda" else 1) * batch / rows
 
 

@@ -155,8 +155,9 @@ def _product(*terms):
         return stored(sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)).mT  # `rows` second: padded to 8, not 16
     if torch.compiler.is_compiling() and codes.device.type == "cpu":
         return torch.stack([sum(r[..., m, None, :] * c * factor for r, c, factor in terms).sum(-1) for m in range(M)], -2)
-    # Contiguous operands always take one algorithm, so that a row's result does not depend on its batch.
-    return sum((rows.contiguous() @ codes.contiguous().mT) * factor for rows, codes, factor in terms)
+    # Contiguous operands in whole cache lines (not the window's R + 1 slots) always take one algorithm, so that a row's result does not depend on its batch.
+    whole = lambda x: (F.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x).contiguous()
+    return sum((whole(rows) @ whole(codes).mT) * factor for rows, codes, factor in terms)
 
 
 def _halves(q):
@@ -314,7 +315,7 @@ class FullCache(Cache):
 
     @classmethod
     def capacity(cls, max_len):
-        return -(-max_len // cls.BLOCK) * cls.BLOCK + 1  # see KVConfig.capacity
+        return -(-max_len // cls.BLOCK) * cls.BLOCK + 1  # never whole for `narrow`, see KiviCache.first
 
     @classmethod
     def bytes(cls, batch, n_kv_heads, max_len, head_dim, dtype):
@@ -589,7 +590,7 @@ class KiviCache(Cache):
     def first(x, nb, *n):
         """The first nb blocks of n entries of every row of a buffer [B, Hk, T / .., ..], as [B, Hk, nb, *n, ..].
 
-        The last may reach past the row's end, into what attention masks: so a row holds whole units, not whole blocks.
+        The last may reach past the row's end, into what attention masks: so a row need not hold whole blocks.
         (`narrow` would also be contiguous for a full cache only, and the compiled step would compile once more then.)
         """
         inner, (b, h, t) = x.shape[3:], x.stride()[:3]

@@ -462,7 +462,7 @@ class Transformer(nn.Module):
         prompt   tokens of the longest prompt; max_len capacity of the caches; kv, options as in `setup_caches`
         returns  dict; full precision counts as codes. The caches' parts equal the allocation; activations estimate what
                  prefill or a decode step allocates beside weights and caches, whichever is more: nearly all of it on a CPU,
-                 on an H200 runs took up to 0.4 GB more
+                 on an H200 runs took up to 0.5 GB more
         """
         c, dtype = self.config, self.embed.weight.dtype
         weights = [*self.parameters(), *(b for name, b in self.named_buffers() if ".cache." not in name)]
@@ -639,7 +639,7 @@ def _attend(cache, q, pos, blocks):
 
 
 def _between(layer, following, x, y, cos, sin, pos):
-    """From the attention y of one layer to the query of the next: x, q. One function, so that a layer's last sum and the next one's norm are one kernel."""
+    """From the attention y of one layer to the query of the next: x, q. One function, so that a row's last sum and the next norm are one kernel."""
     x = layer.after(x, y)
     return x, following.before(x, cos, sin, pos)
 
@@ -672,7 +672,7 @@ def compiled_weights(fn, joined=True):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {**SMALL, "combo_kernels": joined, "triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
+    options = {**SMALL, "combo_kernels": joined, "inductor_choices_class": weight_launches, "triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
                "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
     packed, written = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, SMALL))
     choices = weight_launches()
@@ -698,8 +698,8 @@ def weight_launches():
     class WeightLaunches(InductorChoices):
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
-            # What turns the columns that products leave into rows is a kernel of its own: inside that of a norm, with one program a row
-            # that reads single numbers, it takes 12 to 60 us at 16 rows.
+            # What turns the columns that products leave into rows is a kernel of its own, of 2 us: inside that of a norm or a sum, one
+            # program a row reads single numbers, for 11 to 60 us at 16 rows.
             buffers = lambda node: [scheduler.name_to_buf.get(dep.name) for dep in node.read_writes.reads]
             sources = lambda node: [b.defining_op for b in buffers(node) if b is not None and b.defining_op is not None]
             turns = lambda node: any(is_product(n) or any(map(is_product, sources(n))) for n in sources(node))
@@ -724,10 +724,10 @@ def weight_launches():
 
         @staticmethod
         def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
-            return 1  # a norm and the sum of its inputs stay one kernel
+            return 1  # a norm stays one kernel
 
         def uuid(self):
-            return f"kivi-weights-4 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-5 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 

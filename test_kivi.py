@@ -925,6 +925,16 @@ def owned_tensors(thing):
     return seen
 
 
+@pytest.mark.parametrize("n_heads, n_kv_heads", ((2, 1), (3, 1), (4, 2), (6, 2), (6, 3), (9, 3)))
+def test_a_row_is_the_same_at_every_place_of_a_batch(n_heads, n_kv_heads):
+    """Bit for bit, uncompiled. Guards against operands whose rows are no whole cache lines: the library then rounds by their address."""
+    q, k, v = (randn(1, h, n, 64, seed=h).expand(5, -1, -1, -1) for h, n in ((n_heads, 1), (n_kv_heads, 500), (n_kv_heads, 500)))
+    cache = KiviCache(5, n_kv_heads, 640, 64)
+    cache.prefill(k, v, [500] * 5)
+    out = cache.attend(q)
+    assert all(torch.equal(row, out[0]) for row in out)
+
+
 @pytest.mark.parametrize("max_len, residual", ((4300, 128), (8400, 128), (499, 32)))
 def test_the_last_block_may_end_behind_the_buffers(max_len, residual):
     """A block reaches into the next row, and behind the last row into the tail: full rows of other contents change nothing, and no
