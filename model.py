@@ -672,8 +672,8 @@ def compiled_weights(fn, joined=True):
     from torch._inductor.virtualized import V
 
     limits = dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold", "max_fusion_size"), 2048)
-    options = {**SMALL, "combo_kernels": joined, "inductor_choices_class": weight_launches, "triton.native_matmul": True, "shape_padding": False, "loop_ordering_after_fusion": False, **limits,
-               "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
+    options = {**SMALL, "combo_kernels": joined, "inductor_choices_class": weight_launches, "triton.native_matmul": True, "shape_padding": False,
+               "loop_ordering_after_fusion": False, **limits, "pick_loop_orders": False}  # or the parts of a sum would lie innermost, and be added up outside the products' kernel
     packed, written = (torch.compile(fn, fullgraph=True, dynamic=False, options=o) for o in (options, SMALL))
     choices = weight_launches()
 
