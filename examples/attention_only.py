@@ -21,7 +21,7 @@ class Attention(nn.Module):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, H or Hk, T, D]
         if cache is not None and x.shape[1] == 1:
             cache.append(k, v)
-            return cache.attend(q).transpose(1, 2).flatten(-2)
+            return cache.attend(q).transpose(1, 2).flatten(-2)  # plain PyTorch; fused: kivi.compiled_attention, see README.md
         if cache is not None:
             cache.prefill(k, v)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(-2)

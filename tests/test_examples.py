@@ -2,6 +2,8 @@
 
 The programs of examples/, against exact attention, this project's own model and caches that are made anew for every token.
 """
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,21 @@ def test_attention_only_runs_and_its_error_is_that_of_the_bits(tmp_path):
     errors, sizes = [float(r[4]) for r in rows], [int(r[5]) for r in rows]
     assert errors[0] < 0.01 < errors[1] < 0.1 < errors[2] < 0.5
     assert int(rows[0][9]) == 4 * 2**20 > 2 * sizes[0] > 2 * sizes[1] > 2 * sizes[2]
+
+
+def test_the_lines_of_the_readme_run_with_the_two_files_alone(tmp_path):
+    """Guards against a README that shows names or arguments of another time, and against a third file that the two need."""
+    lines = re.search(r"```python\n(from kivi.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    for name in ("kivi.py", "quantize.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    assert lines.count("out = ") == 2
+    program = f"""import torch
+k, v, k1, v1, q = (torch.randn(1, h, n, 128) for h, n in ((8, 300), (8, 300), (8, 1), (8, 1), (32, 1)))
+{lines.replace("out = ", "plain = ", 1)}
+assert out.shape == q.shape and (out - plain).norm() < 1e-5 * plain.norm() > 0
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture(scope="module")
