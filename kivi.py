@@ -91,13 +91,13 @@ class KVConfig:
         """Blocks that attention can come to read: the codes of K reach up to the last full R before the newest token."""
         return max(1, -(-((max_len - 1) // self.residual * self.residual) // self.block(max_len)))
 
-    def capacity(self, max_len):
-        """Tokens whose codes the buffers of one row hold, in whole units: the others are always in the window."""
-        return max(1, -(-(max_len // self.residual * self.residual) // self.unit)) * self.unit
-
     def grouped(self, max_len):
-        """Tokens whose scales and zeros they hold: only the codes need whole bytes."""
+        """Tokens whose scales and zeros the buffers of one row hold, in whole residuals: the others are always in the window."""
         return max(1, max_len // self.residual) * self.residual
+
+    def capacity(self, max_len):
+        """Tokens whose codes they hold, in whole units."""
+        return -(-self.grouped(max_len) // self.unit) * self.unit
 
     def tails(self, max_len):
         """Tokens of codes, and of scales and zeros, that the last block of the last row reads beyond its buffers; in every other row it reads

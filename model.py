@@ -695,6 +695,8 @@ def weight_launches():
         reads = {r.name for n in features.scheduler_nodes() if n.is_reduction() for r in n.read_writes.reads}
         return any(V.graph.get_dtype(name) == torch.int32 for name in reads if name in V.graph.graph_inputs)
 
+    attention = type(launches())
+
     class WeightLaunches(InductorChoices):
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
@@ -705,7 +707,7 @@ def weight_launches():
             turns = lambda node: any(is_product(n) or any(map(is_product, sources(n))) for n in sources(node))
             if any(a.is_reduction() and not is_product(a) and turns(b) for a, b in ((node1, node2), (node2, node1))):
                 return False
-            return type(launches()).can_fuse(scheduler, node1, node2, shared_data_score)
+            return attention.can_fuse(scheduler, node1, node2, shared_data_score)
 
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
