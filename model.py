@@ -653,14 +653,17 @@ def _last(layer, norm, head, x, y):
 SMALL = {"combo_kernels": True, "triton.enable_pdl": True}
 # The fastest of those timed on an H200, see results/weights-forms.md
 SUMS = {"XBLOCK": 4, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1}  # launch of a QuantizedLinear with one row, see `weight_launches`
-PRODUCTS = {  # and with more, by bits and XBLOCK: x rows, y outputs. 4 bits keep nine sums for every output, which spill from 64 rows on
-    (8, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
-    (8, 16): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
-    (8, 32): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
-    (8, 64): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
-    (4, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
-    (4, 16): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
+PRODUCTS = {  # and with more, by bits and XBLOCK: x rows, y outputs. 16 outputs a warp: with more the weights go through shared memory one by one
+    (8, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
+    (8, 16): {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
+    (8, 32): {"YBLOCK": 64, "R0_BLOCK": 64, "num_warps": 4, "num_stages": 3},
+    (8, 64): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 4},
+    (8, 128): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    (4, 8): {"YBLOCK": 32, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 3},
+    (4, 16): {"YBLOCK": 32, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
     (4, 32): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    (4, 64): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
+    (4, 128): {"YBLOCK": 64, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
 }
 
 
@@ -714,9 +717,10 @@ def weight_launches():
                 return kernel_kwargs
             launch = SUMS
             if "y" in groups[0]:  # a product; a sum has outputs in x
-                dots = [n for n in features.scheduler_nodes() if n.is_reduction() and n.node.get_reduction_type() == "dot"]
-                bits = 4 if len(dots) > 4 else 8  # one for each field of a word, and one for the zeros of groups
-                rows = min(32 if bits == 4 else 64, max(8, 1 << (int(groups[0]["x"]) - 1).bit_length()))
+                reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
+                pairs = any(V.graph.get_dtype(r) == torch.int32 and V.graph.get_numel(r) == groups[0]["y"] for r in reads)
+                bits = 8 if pairs else 4  # of 8 bits, an output has one scale and zero
+                rows = max(8, 1 << (int(groups[0]["x"]) - 1).bit_length())
                 launch = {"XBLOCK": rows, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[bits, rows]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
@@ -729,7 +733,7 @@ def weight_launches():
             return 1  # a norm stays one kernel
 
         def uuid(self):
-            return f"kivi-weights-5 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-6 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 

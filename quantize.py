@@ -130,6 +130,7 @@ def stored(x):
 
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
 CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
+ACCUMULATORS = 256  # most sums, dots times rows, that a kernel of dots keeps for an output: more do not fit the registers
 SPLIT = 16384  # most outputs whose dots are cut in two or four parts
 DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
@@ -252,38 +253,30 @@ class QuantizedLinear(nn.Module):
         return (y * 2.0 ** (-up - unit))[None].to(self.meta.dtype)
 
     def _dots(self, x):
-        """The product for a few rows x [M, K] in bfloat16: one dot a field, all in one kernel, with float32 sums.
+        """The product for a few rows x [M, K] in bfloat16: dots of the fields of a word, all in one kernel, with float32 sums.
 
         The masked bits, narrowed to 16, are numbers without a conversion as in `_sum`: code * 2^(p - 133) as a bfloat16, up to bit 8.
-        With one group an output the scale commutes with the product, and the tensor cores multiply the bare codes. Otherwise codes
-        times scale is one multiplication of two pairs, rounded to bfloat16, and the zeros are one more dot, with the rounded sums of
-        the inputs of a word: the two largely cancel, so that results are off by 0.5 to 0.8 % (0.2 % where weights are written out).
+        From there two weights, 2^-33 times as large, are one fused multiplication and addition, rounded once.
         """
         R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
-        W, whole, dtype, up, unit = K // R // F, R == 1, torch.bfloat16, 100, -133
-        S = next((s for s in (4, 2) if N * s <= SPLIT and R * W % (64 * s) == 0), 1)  # parts of a sum, when outputs alone are too few blocks
-
-        def dot(a, b):  # [N, words], [M, words] -> [S, N, M]
-            if S == 1:
-                return (a @ b.mT).float()[None]
-            return (a.view(N, S, -1).transpose(0, 1) @ b.view(M, S, -1).permute(1, 2, 0)).float()
-
-        fields = x.view(M, R, F, W)
-        if not whole:
-            fields = torch.cat((fields, sum(fields.float().unbind(2)).to(dtype)[:, :, None]), 2)
-        fields = stored((fields * 2.0**up if whole else fields).permute(2, 0, 3, 1).flatten(2).contiguous())  # [F or F + 1, M, words]
-        scale, zero = self._meta(1 if whole else W, True)
-        y = 0
-        for i, p in enumerate(range(0, 32, self.bits)):
-            codes = ((self.packed >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
-            # The minus makes LLVM mask two codes with one instruction; 2^up on the scale is an addition to its exponent.
-            codes = -codes if whole else codes * (scale.view(torch.int16) + (up << 7)).view(dtype)
-            y = y + dot(codes, fields[i]) * ((-1) ** whole * 2.0 ** (-up - unit - p % 8))
-        if not whole:
-            y = y + dot(zero, fields[F])
-        y = stored(y).sum(0).mT  # by the kernel of the products, or they would be added up outside it, in their own type
-        if whole:
-            y = y * scale.float()[:, 0] + zero.float()[:, 0] * x.float().sum(-1, keepdim=True)
+        W, dtype, up, unit = K // R // F, torch.bfloat16, 100, -133
+        H = max(1, F * (1 << (M - 1).bit_length()) // ACCUMULATORS)  # parts of the fields: every part reads all words
+        S = next((s for s in (4, 2) if N * s * H <= SPLIT and R * W % (64 * s) == 0), 1)  # and of the words, where outputs alone are too few blocks
+        fields = stored(x.view(M, R, F * W).mT.contiguous()).view(M, H, F // H, S, -1)
+        words = self.packed if H == 1 else self.packed >> torch.arange(0, 32, 32 // H, device=x.device)[:, None, None]
+        scale, zero = self._meta(W, True)
+        # Seen as bits a result must have its 16 bits; otherwise it stays a float32 inside the kernel, and two weights are 8 to 9 instructions.
+        rounded = lambda x: x.view(torch.int16).view(dtype)
+        zero, y = rounded(zero * 2.0 ** (up + unit)), 0
+        for i, p in enumerate(range(0, 32 // H, self.bits)):
+            codes = ((words >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
+            w = rounded(codes * rounded(scale * 2.0 ** (up - p % 8))) + zero  # [N, words] or [H, N, words]
+            if H * S == 1:
+                y = y + (w @ fields[:, 0, i, 0].mT).float()[None]
+            else:
+                w = w.view(H, N, S, -1).transpose(1, 2).flatten(0, 1)
+                y = y + (w @ fields[:, :, i].permute(1, 2, 3, 0).flatten(0, 1)).float()
+        y = stored(y * 2.0 ** (-up - unit)).sum(0).mT  # by the kernel of the products, or they would be added up outside it, in their own type
         return stored(y.to(dtype).contiguous())  # rows again: as columns their readers would wait for single numbers
 
     def _meta(self, repeat, raw):
