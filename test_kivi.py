@@ -2538,8 +2538,8 @@ def test_a_quantized_linear_is_its_dequantized_weights(bits, group_size, dtype, 
         for scale in (1, 2.0**-60, 2.0**36) if rows == 1 else ():
             for raw in (False, True):
                 assert rel(layer._sum(x * scale, raw).double(), product * scale) < tolerance
-    if dtype == torch.bfloat16:  # sums in two or four parts
-        large, x = quantized_linear(bits, group_size, dtype, inputs=1024, outputs=8)[0], randn(3, 1024, dtype=dtype)
+    for rows in (3, 40, 100) if dtype == torch.bfloat16 else ():  # words in two or four parts, and from 40 rows on fields too
+        large, x = quantized_linear(bits, group_size, dtype, inputs=1024, outputs=8)[0], randn(rows, 1024, dtype=dtype)
         with ExactProducts():
             assert rel(large._dots(x).double(), x.double() @ ref_weight(large.packed, large.meta, bits).mT) < 1e-2
     x, one = randn(3, 2, w.shape[1], dtype=dtype), layer(randn(3, 2, w.shape[1], dtype=dtype))
@@ -2886,11 +2886,7 @@ def test_compiled_quantized_weights_on_cuda(bits, group_size, inputs, fresh_comp
     layer, _ = quantized_linear(bits, group_size, torch.bfloat16, inputs=inputs, outputs=1000)
     layer = layer.cuda()
     call = compiled_weights(lambda layer, x: layer(x))
-    scale, zero = (m.float() for m in layer.meta.unbind(-1))
     weights = layer.dequantized().float()
-    codes = ((weights.unflatten(1, (scale.shape[1], -1)) - zero[..., None]) / scale[..., None]).round()
-    rounded = ((codes * scale[..., None]).square().mean() + zero.square().mean()).sqrt() / weights.square().mean().sqrt()  # in products of 4 bits
-    for rows in (1, 3, 16, 40, 200):
+    for rows in (1, 3, 16, 40, 100, 200):
         x = randn(rows, inputs, seed=rows, dtype=torch.bfloat16).cuda()
-        bound = 3e-3 + 2**-9 * rounded * (bits == 4 and 1 < rows < 200)
-        assert rel(call(layer, x).float(), x.float() @ weights.mT + layer.bias.float()) < bound, rows
+        assert rel(call(layer, x).float(), x.float() @ weights.mT + layer.bias.float()) < 3e-3, rows
