@@ -460,7 +460,8 @@ class KiviCache(Cache):
     def quantize_v(self, v):
         """Values of single tokens, grouped along channels: v [.., D] -> codes [.., D], scale, zero [.., D / G]."""
         codes, scale, zero = group_codes(v.unflatten(-1, (-1, self.config.group_size)), self.config.v_bits, shrink=self.config.shrink)
-        return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+        # Stored, or a compiler that is told to store as little as it can (`compiled_weights` in model.py) works the codes out once more to write them.
+        return stored(codes).flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
     def update(self, k, v, pos):
         """Writes token pos [B] (k, v [B, Hk, 1, D]) into the window and quantizes the value that leaves it."""

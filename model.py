@@ -698,29 +698,40 @@ def weight_launches():
         reads = {r.name for n in features.scheduler_nodes() if n.is_reduction() for r in n.read_writes.reads}
         return any(V.graph.get_dtype(name) == torch.int32 for name in reads if name in V.graph.graph_inputs)
 
+    def sources(node):
+        """The nodes of Inductor's scheduler whose results `node` reads."""
+        buffers = (node.scheduler.name_to_buf.get(dep.name) for dep in node.read_writes.reads)
+        return [b.defining_op for b in buffers if b is not None and b.defining_op is not None]
+
+    def turns(node):
+        """Does it read what products leave, columns, and so make rows of them?"""
+        return any(is_product(n) or any(map(is_product, sources(n))) for n in sources(node))
+
+    power = lambda rows: 1 << (int(rows) - 1).bit_length()  # the next power of two
     attention = type(launches())
 
     class WeightLaunches(InductorChoices):
         @staticmethod
         def can_fuse(scheduler, node1, node2, shared_data_score):
-            # What turns the columns that products leave into rows is a kernel of its own, of 2 us: inside that of a norm or a sum, one
-            # program a row reads single numbers, for 11 to 60 us at 16 rows.
-            buffers = lambda node: [scheduler.name_to_buf.get(dep.name) for dep in node.read_writes.reads]
-            sources = lambda node: [b.defining_op for b in buffers(node) if b is not None and b.defining_op is not None]
-            turns = lambda node: any(is_product(n) or any(map(is_product, sources(n))) for n in sources(node))
+            # What turns columns into rows is a kernel of its own, of 2 us: inside that of a norm or a sum, one program a row reads
+            # single numbers, for 11 to 60 us at 16 rows.
             if any(a.is_reduction() and not is_product(a) and turns(b) for a, b in ((node1, node2), (node2, node1))):
                 return False
             return attention.can_fuse(scheduler, node1, node2, shared_data_score)
 
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
+                if "y" in groups[0] and any(map(turns, features.scheduler_nodes())):  # of Inductor's candidates one takes 12.6 us instead of 3, and it chose that
+                    rows = min(32, power(groups[0]["y"]))
+                    launch = {"YBLOCK": rows, "XBLOCK": 1024 // rows, "num_warps": 4, "num_stages": 1}
+                    kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(launch)}
                 return kernel_kwargs
             launch = SUMS
             if "y" in groups[0]:  # a product; a sum has outputs in x
                 reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
                 pairs = any(V.graph.get_dtype(r) == torch.int32 and V.graph.get_numel(r) == groups[0]["y"] for r in reads)
                 bits = 8 if pairs else 4  # of 8 bits, an output has one scale and zero
-                rows = max(8, 1 << (int(groups[0]["x"]) - 1).bit_length())
+                rows = max(8, power(groups[0]["x"]))
                 launch = {"XBLOCK": rows, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[bits, rows]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
@@ -733,7 +744,7 @@ def weight_launches():
             return 1  # a norm stays one kernel
 
         def uuid(self):
-            return f"kivi-weights-6 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-7 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 
