@@ -744,7 +744,7 @@ def weight_launches():
             return 1  # a norm stays one kernel
 
         def uuid(self):
-            return f"kivi-weights-7 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-8 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 

@@ -256,16 +256,17 @@ class QuantizedLinear(nn.Module):
         """The product for a few rows x [M, K] in bfloat16: dots of the fields of a word, all in one kernel, with float32 sums.
 
         The masked bits, narrowed to 16, are numbers without a conversion as in `_sum`: code * 2^(p - 133) as a bfloat16, up to bit 8.
-        From there two weights, 2^-33 times as large, are one fused multiplication and addition, rounded once.
+        From there one fused multiplication and addition makes two weights of two codes, 2^-33 times as large, each rounded once.
         """
         R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
         W, dtype, up, unit = K // R // F, torch.bfloat16, 100, -133
         H = max(1, F * (1 << (M - 1).bit_length()) // ACCUMULATORS)  # parts of the fields: every part reads all words
-        S = next((s for s in (4, 2) if N * s * H <= SPLIT and R * W % (64 * s) == 0), 1)  # and of the words, where outputs alone are too few blocks
+        # And of the words, where outputs alone are too few blocks; 8 parts Inductor would add up in a kernel of their own, and not where they are turned.
+        S = next((s for s in (4, 2) if N * s * H <= SPLIT and s * H < 8 and R * W % (64 * s) == 0), 1)
         fields = stored(x.view(M, R, F * W).mT.contiguous()).view(M, H, F // H, S, -1)
         words = self.packed if H == 1 else self.packed >> torch.arange(0, 32, 32 // H, device=x.device)[:, None, None]
         scale, zero = self._meta(W, True)
-        # Seen as bits a result must have its 16 bits; otherwise it stays a float32 inside the kernel, which takes 1.6 times the instructions.
+        # Viewed as integers and back, so that it is rounded to 16 bits here: else the kernel goes on in float32, with 1.6 times the instructions.
         rounded = lambda x: x.view(torch.int16).view(dtype)
         zero, y = rounded(zero * 2.0 ** (up + unit)), 0
         for i, p in enumerate(range(0, 32 // H, self.bits)):

@@ -380,7 +380,7 @@ def test_nan_and_inf_are_refused(dtype, bad, whole_group):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_range_that_overflows_is_refused(dtype):
-    """Guards against an infinite scale, and with it NaN, from finite numbers (pitfall 4)."""
+    """Guards against an infinite scale, and with it NaN, from finite numbers."""
     x = torch.zeros(1, 32, dtype=dtype)
     x[0, 0], x[0, 1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
     with pytest.raises(ValueError):
@@ -408,7 +408,7 @@ def test_other_bit_widths_are_refused_by_name(bits):
 
 @pytest.mark.parametrize("n, size", ((33, 32), (31, 32), (64, 48), (64, 0), (64, -32)))
 def test_a_group_that_does_not_fit_is_refused_by_name(n, size):
-    """Guards against a silently shorter last group (pitfalls 8 and 10)."""
+    """Guards against a silently shorter last group."""
     with pytest.raises(ValueError) as info:
         qz.quantize(torch.zeros(2, n), 2, size)
     assert str(n) in str(info.value) and str(size) in str(info.value) and "\n" not in str(info.value)
@@ -660,7 +660,7 @@ def test_prefill_equals_appends_bit_for_bit(name, extra):
 
 @pytest.mark.parametrize("name", ("small window", "4 sinks", "K 2 V 8"))
 def test_a_row_of_a_batch_equals_the_same_prompt_alone(name):
-    """Guards against one length for the whole batch (pitfall 2), and a flush of one row that touches its neighbours."""
+    """Guards against one length for the whole batch, and a flush of one row that touches its neighbours."""
     lengths, steps = [1, 31, 40, 64, 100], 50
     q, k, v = make_tokens(name, 5, 150)
     batch = make_cache(name, batch=5)
@@ -796,7 +796,7 @@ def test_any_mix_of_operations_gives_the_same_state():
     (dict(residual=0), "0"), (dict(k_bits=3), "3"), (dict(v_bits=1), "1"), (dict(k_bits=16), "16"), (dict(sink=-1), "-1"), (dict(shrink=1.5), "1.5"),
     (dict(shrink=0.2), "0.2"),    (dict(max_len=0), "0"), (dict(max_len=-5), "-5"), (dict(group_size=0), "0")))
 def test_a_wrong_construction_is_refused_by_name(bad, named):
-    """Guards against an assertion without a message, or a failure hundreds of tokens later at the first flush (pitfalls 10, 11)."""
+    """Guards against an assertion without a message, or a failure hundreds of tokens later at the first flush."""
     with pytest.raises(ValueError) as info:
         KiviCache(1, 2, bad.pop("max_len", 256), 64, **bad)
     assert re.search(rf"(?<!\d){re.escape(named)}\b", str(info.value)) and "\n" not in str(info.value)
@@ -804,7 +804,7 @@ def test_a_wrong_construction_is_refused_by_name(bad, named):
 
 @pytest.mark.parametrize("kind", ("kivi", "full"))
 def test_a_full_cache_raises_and_names_its_capacity(kind):
-    """Guards against a ring that wraps in silence, and against capacity rounded up for the user (pitfall 11)."""
+    """Guards against a ring that wraps in silence, and against capacity rounded up for the user."""
     q, k, v = make_tokens("small window", 1, 80)
     cache = make_cache(max_len=70) if kind == "kivi" else FullCache(1, 2, 70, 32)
     with pytest.raises(ValueError, match="70"):
@@ -841,7 +841,7 @@ def test_nan_and_inf_are_refused_and_change_nothing(kind, bad, which):
 
 
 def test_a_second_prefill_is_refused():
-    """Guards against a second prompt written over the first one's groups (pitfall 15)."""
+    """Guards against a second prompt written over the first one's groups."""
     _, k, v = make_tokens("small window", 1, 70)
     cache = make_cache()
     cache.prefill(k, v)
@@ -1059,7 +1059,7 @@ def truncated_codes(mp):
 
 
 def one_length_for_all(mp):
-    """Every row counts as long as the longest one (pitfall 2)."""
+    """Every row counts as long as the longest one."""
     def change(original):
         def prefill(self, k, v, lengths=None):
             return original(self, k, v, None)
@@ -2538,7 +2538,7 @@ def test_a_quantized_linear_is_its_dequantized_weights(bits, group_size, dtype, 
         for scale in (1, 2.0**-60, 2.0**36) if rows == 1 else ():
             for raw in (False, True):
                 assert rel(layer._sum(x * scale, raw).double(), product * scale) < tolerance
-    for rows in (3, 40, 100) if dtype == torch.bfloat16 else ():  # words in two or four parts, and from 40 rows on fields too
+    for rows in (3, 40, 100) if dtype == torch.bfloat16 else ():  # words in two or four parts; with 40 (4 bits) or 100 rows the fields too
         large, x = quantized_linear(bits, group_size, dtype, inputs=1024, outputs=8)[0], randn(rows, 1024, dtype=dtype)
         with ExactProducts():
             assert rel(large._dots(x).double(), x.double() @ ref_weight(large.packed, large.meta, bits).mT) < 1e-2
