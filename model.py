@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from kivi import PRESETS, FullCache, KiviCache, KVConfig, compiled_attention, is_product, launches, quantized_groups, slices
-from quantize import CHUNK, QuantizedLinear, few, quantize_weight, weight_format
+from quantize import CHUNK, QuantizedLinear, few, quantize_weight, tile_rows, weight_format
 
 SUPPORTED = {  # architectures entry of config.json -> what counts where it says nothing, and what it never says
     "LlamaForCausalLM": ({"use_sliding_window": False}, {}),
@@ -707,7 +707,6 @@ def weight_launches():
         """Does it read what products leave, columns, and so make rows of them?"""
         return any(is_product(n) or any(map(is_product, sources(n))) for n in sources(node))
 
-    power = lambda rows: 1 << (int(rows) - 1).bit_length()  # the next power of two
     attention = type(launches())
 
     class WeightLaunches(InductorChoices):
@@ -722,7 +721,7 @@ def weight_launches():
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             if not packed(features):
                 if "y" in groups[0] and any(map(turns, features.scheduler_nodes())):  # of Inductor's candidates one takes 12.6 us instead of 3, and it chose that
-                    rows = min(32, power(groups[0]["y"]))
+                    rows = min(32, tile_rows(int(groups[0]["y"])))
                     launch = {"YBLOCK": rows, "XBLOCK": 1024 // rows, "num_warps": 4, "num_stages": 1}
                     kernel_kwargs = {**kernel_kwargs, "fixed_config": FixedTritonConfig(launch)}
                 return kernel_kwargs
@@ -731,7 +730,7 @@ def weight_launches():
                 reads = {r.name for n in features.scheduler_nodes() for r in n.read_writes.reads}
                 pairs = any(V.graph.get_dtype(r) == torch.int32 and V.graph.get_numel(r) == groups[0]["y"] for r in reads)
                 bits = 8 if pairs else 4  # of 8 bits, an output has one scale and zero
-                rows = max(8, power(groups[0]["x"]))
+                rows = tile_rows(int(groups[0]["x"]))
                 launch = {"XBLOCK": rows, **({"ZBLOCK": 1} if "z" in groups[0] else {}), **PRODUCTS[bits, rows]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(dict(launch))}
 
@@ -744,7 +743,7 @@ def weight_launches():
             return 1  # a norm stays one kernel
 
         def uuid(self):
-            return f"kivi-weights-8 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
+            return f"kivi-weights-9 {SUMS} {PRODUCTS}"  # part of the key of the compile caches
 
     return WeightLaunches()
 

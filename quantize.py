@@ -131,7 +131,7 @@ def stored(x):
 CHUNK = 2**24  # weights that are handled at once: of a large layer all of them, written out, would be the peak of the memory
 CLIPS = tuple(i / 40 for i in range(7))  # shares of a group's range
 ACCUMULATORS = 256  # most sums, dots times rows, that a kernel of dots keeps for an output: more do not fit the registers
-SPLIT = 16384  # most outputs whose dots are cut in two or four parts
+SPLIT = 16384  # most partial sums, outputs times parts, that dots are cut into
 DOTS = 128  # most rows that a compiled layer on CUDA takes through `_dots`; for more, the library's products pay for writing weights out
 
 
@@ -177,6 +177,11 @@ def quantize_weight(w, bits, group_size=None):
 def few(x):
     """Does a compiled layer on CUDA read its packed words for x [M, ..]? Otherwise it writes weights out for the library's product."""
     return len(x) == 1 or len(x) <= DOTS and x.dtype == torch.bfloat16
+
+
+def tile_rows(n):
+    """Rows that a tile of a kernel of products has for n rows of x."""
+    return max(8, 1 << (n - 1).bit_length())
 
 
 class QuantizedLinear(nn.Module):
@@ -260,23 +265,20 @@ class QuantizedLinear(nn.Module):
         """
         R, F, (M, K), N = self.meta.shape[1], 32 // self.bits, x.shape, len(self.packed)
         W, dtype, up, unit = K // R // F, torch.bfloat16, 100, -133
-        H = max(1, F * (1 << (M - 1).bit_length()) // ACCUMULATORS)  # parts of the fields: every part reads all words
+        H = max(1, F * tile_rows(M) // ACCUMULATORS)  # parts of the fields: every part reads all words
         # And of the words, where outputs alone are too few blocks; 8 parts Inductor would add up in a kernel of their own, and not where they are turned.
         S = next((s for s in (4, 2) if N * s * H <= SPLIT and s * H < 8 and R * W % (64 * s) == 0), 1)
         fields = stored(x.view(M, R, F * W).mT.contiguous()).view(M, H, F // H, S, -1)
-        words = self.packed if H == 1 else self.packed >> torch.arange(0, 32, 32 // H, device=x.device)[:, None, None]
+        words = self.packed >> torch.arange(0, 32, 32 // H, dtype=torch.int32, device=x.device)[:, None, None]
         scale, zero = self._meta(W, True)
         # Viewed as integers and back, so that it is rounded to 16 bits here: else the kernel goes on in float32, with 1.6 times the instructions.
         rounded = lambda x: x.view(torch.int16).view(dtype)
         zero, y = rounded(zero * 2.0 ** (up + unit)), 0
         for i, p in enumerate(range(0, 32 // H, self.bits)):
             codes = ((words >> p // 8 * 8).to(torch.int16) & 2**self.bits - 1 << p % 8).view(dtype)
-            w = rounded(codes * rounded(scale * 2.0 ** (up - p % 8))) + zero  # [N, words] or [H, N, words]
-            if H * S == 1:
-                y = y + (w @ fields[:, 0, i, 0].mT).float()[None]
-            else:
-                w = w.view(H, N, S, -1).transpose(1, 2).flatten(0, 1)
-                y = y + (w @ fields[:, :, i].permute(1, 2, 3, 0).flatten(0, 1)).float()
+            w = rounded(codes * rounded(scale * 2.0 ** (up - p % 8))) + zero  # [H, N, words]
+            w = w.view(H, N, S, -1).transpose(1, 2).flatten(0, 1)
+            y = y + (w @ fields[:, :, i].permute(1, 2, 3, 0).flatten(0, 1)).float()  # [H * S, N, M]
         y = stored(y * 2.0 ** (-up - unit)).sum(0).mT  # by the kernel of the products, or they would be added up outside it, in their own type
         return stored(y.to(dtype).contiguous())  # rows again: as columns their readers would wait for single numbers
 
