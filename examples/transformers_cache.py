@@ -1,46 +1,87 @@
-"""A 2-bit cache for `transformers`: model.generate(**inputs, past_key_values=KiviPastKeyValues(model, max_len=4096))
+"""A 2-bit cache for `transformers` 5: model.generate(**inputs, cache=KiviPastKeyValues(model, 4096))
 
-python examples/transformers_cache.py [folder or hub id]        (needs transformers 5)
+    python examples/transformers_cache.py [folder or hub id]
 
-Making the cache switches the model to an attention function that is exact over a prompt and reads the packed codes afterwards: K and V
-are never kept in full precision. Greedy, sampling, beams and left-padded batches are right. Assisted decoding is refused (what is
-quantized cannot be taken back), and so are right padding and attention that is more than softmax(q . K) . V.
+Before transformers 5.24 the argument of `generate` was past_key_values; since then that name warns.
+
+Making the cache switches the model to an attention function that is exact over a prompt and reads
+the packed codes afterwards: K and V are never kept in full precision. Greedy, sampling, beams and
+left-padded batches are right. Assisted decoding is refused (what is quantized cannot be taken
+back), and so are right padding and attention that is more than softmax(q . K) . V.
 """
 import sys
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # or copy kivi.py and quantize.py beside this file
-from kivi import KiviCache  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # not needed beside copies of kivi.py and quantize.py
+from kivi import PRESETS, KiviCache  # noqa: E402
 
 
 class KiviLayer(DynamicLayer):
     def __init__(self, config, max_len, options):
         super().__init__()
-        self.config, self.max_len, self.options, self.cache, self.seen = config, max_len, options, None, 0
+        self.config = config
+        self.max_len = max_len
+        self.options = options
+        self.reset()
+
+    def reset(self):
+        self.cache = None
+        self.seen = 0
 
     def update(self, key, value, *args, **kwargs):
-        if self.config._attn_implementation != "kivi":
-            raise ValueError(f"the model's attention is {self.config._attn_implementation}, not kivi: call model.set_attn_implementation('kivi')")
+        implementation = self.config._attn_implementation
+        if implementation != "kivi":
+            raise ValueError(f"the model's attention is {implementation}, not kivi: "
+                             "call model.set_attn_implementation('kivi')")
         self.seen += key.shape[2]
         key.layer = self  # `attention`, which gets the key next, finds the cache here
         return key, value
 
     def prefill(self, key, value, real, sliding):
-        """key, value [B, Hk, L, D], real [B, L]: left-padded rows become the right-padded ones of KiviCache."""
-        (B, Hk, L, D), t = key.shape, torch.arange(key.shape[2], device=key.device)
+        """Left-padded rows become the right-padded ones of KiviCache.
+
+        key, value [B, Hk, L, D]; real [B, L]: is it a token, not padding?
+        """
+        B, Hk, L, D = key.shape
+        t = torch.arange(L, device=key.device)
         lengths = real.sum(1)
         first = L - lengths[:, None]  # [B, 1] column of a row's first token
         if not torch.equal(real, t >= first):
-            raise ValueError("padding that is not to the left of a prompt: set tokenizer.padding_side = 'left'")
-        self.cache = KiviCache(B, Hk, self.max_len, D, sliding=sliding, dtype=key.dtype, device=key.device, **self.options)
-        index = (t + first).clamp(max=L - 1)[:, None, :, None].expand_as(key)
-        self.cache.prefill(key.gather(2, index), value.gather(2, index), lengths.tolist())
+            raise ValueError("padding that is not to the left of a prompt: "
+                             "set tokenizer.padding_side = 'left'")
+        self.cache = KiviCache(B, Hk, self.max_len, D, sliding=sliding,
+                               dtype=key.dtype, device=key.device, **self.options)
+        column = (t + first).clamp(max=L - 1)[:, None, :, None].expand_as(key)
+        self.cache.prefill(key.gather(2, column), value.gather(2, column), lengths.tolist())
+
+    def decode(self, query, key, value, real):
+        """One token after the other; more than one only where a conversation goes on.
+
+        query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D]
+        """
+        if query.shape[2] > 1 and not real.all():
+            raise ValueError("padding after the first prompt: "
+                             "continue rows of a batch with equally many tokens")
+        out = []
+        with torch.autocast(query.device.type, enabled=False):
+            for q, k, v in zip(query.split(1, 2), key.split(1, 2), value.split(1, 2)):
+                self.cache.append(k, v)
+                out.append(self.cache.attend(q))
+        return torch.cat(out, 2).transpose(1, 2)
 
     def get_seq_length(self):
         return self.seen
@@ -48,51 +89,47 @@ class KiviLayer(DynamicLayer):
     def get_max_length(self):
         return self.max_len
 
-    def reset(self):
-        self.cache, self.seen = None, 0
-
     def reorder_cache(self, beam_idx):
-        cache = self.cache
-        for name, x in cache.named_buffers():
-            if x.dim() > 1 or name == "pos":  # those of rows
+        for name, x in self.cache.named_buffers():
+            if name != "index":  # all others have one entry a row
                 x.copy_(x[beam_idx.to(x.device)])
-        cache.lengths[:] = [cache.lengths[i] for i in beam_idx.tolist()]
+        self.cache.lengths[:] = [self.cache.lengths[i] for i in beam_idx.tolist()]
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove:
-            raise ValueError("a KIVI cache cannot be cropped, what is quantized cannot be taken back: decode without an assistant")
+            raise ValueError("a KIVI cache cannot be cropped, what is quantized cannot be "
+                             "taken back: decode without an assistant")
 
     def activate_past_recording(self):
         self.crop(1)
 
     def batch_repeat_interleave(self, repeats):
-        raise ValueError("a KIVI cache has a fixed number of rows: repeat the prompts before the first step")
+        raise ValueError("a KIVI cache has a fixed number of rows: "
+                         "repeat the prompts before the first step")
 
     batch_select_indices = batch_repeat_interleave
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    layer, L = getattr(key, "layer", None), query.shape[2]
-    exact = lambda: sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if layer is None:  # without a cache, or with another one
-        return exact()
-    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if more:
-        raise ValueError(f"{type(module).__name__} uses {more[0]}, which a KIVI cache does not compute")
-    if attention_mask is None:
-        real = torch.ones(key.shape[0], L, dtype=torch.bool, device=key.device)
-    else:
-        real = attention_mask[:, 0, :, -L:].diagonal(dim1=1, dim2=2)  # [B, L]: only padding does not see itself
-    if layer.cache is None:
+    """The model's attention. query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D], None"""
+    layer = getattr(key, "layer", None)  # None without a cache, and with another one
+    if layer is not None:
+        for name in ("softcap", "s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{type(module).__name__} uses {name}, "
+                                 "which a KIVI cache does not compute")
+        value = value.to(key.dtype)  # autocast may leave it in another
+        B, _, L, D = query.shape
+        if attention_mask is None:
+            real = key.new_ones(B, L).bool()
+        else:  # only padding does not see itself
+            real = attention_mask[:, 0, :, -L:].diagonal(dim1=1, dim2=2)
+        if layer.cache is not None:
+            unit = scaling * D**0.5 if scaling else 1  # what KiviCache does not multiply by itself
+            return layer.decode((query * unit).to(key.dtype), key, value, real), None
         layer.prefill(key, value, real, kwargs.get("sliding_window"))
-        return exact()
-    if L > 1 and not real.all():
-        raise ValueError("padding after the first prompt: continue rows of a batch with equally many tokens")
-    q, out = query * (scaling * query.shape[3] ** 0.5 if scaling else 1), []
-    for t in range(L):  # one, except where a conversation goes on
-        layer.cache.append(key[:, :, t : t + 1], value[:, :, t : t + 1])
-        out.append(layer.cache.attend(q[:, :, t : t + 1]))  # [B, H, 1, D]
-    return torch.cat(out, 2).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask,
+                                  scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("kivi", attention)
@@ -100,28 +137,48 @@ AttentionMaskInterface.register("kivi", sdpa_mask)
 
 
 class KiviPastKeyValues(Cache):
-    """Room for max_len tokens a row; options are those of KiviCache: k_bits, v_bits, group_size, residual, sink."""
+    """Room for max_len tokens a row.
 
-    def __init__(self, model, max_len, **options):
+    kv, options  a name of PRESETS and what differs from it: k_bits, v_bits, group_size, ..
+    raises       ValueError: a model, a size or an option that the cache does not know
+    """
+
+    def __init__(self, model, max_len, kv="kivi2", **options):
         config = model.config.get_text_config(decoder=True)
         for name in ("num_kv_shared_layers", "attention_chunk_size"):
             if getattr(config, name, None):
-                raise ValueError(f"{type(model).__name__} has {name}, which a KIVI cache does not know")
+                raise ValueError(f"{type(model).__name__} has {name}, "
+                                 "which a KIVI cache does not know")
+        if kv not in PRESETS:
+            raise ValueError(f"unknown kv {kv!r}; known: {', '.join(PRESETS)}")
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        try:
+            options = vars(replace(PRESETS[kv], **options))
+            KiviCache.sizes(1, 1, max_len, head_dim, **options)  # refuses what the cache would
+        except TypeError as error:
+            known = ", ".join(vars(PRESETS[kv]))
+            raise ValueError(f"the options are {known}: {error}") from None
         model.set_attn_implementation("kivi")
-        super().__init__(layers=[KiviLayer(config, max_len, options) for _ in range(config.num_hidden_layers)])
+        n_layers = config.num_hidden_layers
+        super().__init__(layers=[KiviLayer(config, max_len, options) for _ in range(n_layers)])
 
     @property
     def nbytes(self):
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
 
 
-def main(checkpoint=Path(__file__).resolve().parent.parent / "tiny"):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+def main(checkpoint=ROOT / "tiny"):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    inputs = tokenizer(["Once upon a time", "The old man looked at the sea and"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    texts = ["Once upon a time", "The old man looked at the sea and"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
     cache = KiviPastKeyValues(model, max_len=512)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=False)
-    print(*tokenizer.batch_decode(out, skip_special_tokens=True), f"cache: {cache.nbytes:,} bytes", sep="\n\n")
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    out = model.generate(**inputs, **{name: cache}, max_new_tokens=200, do_sample=False)
+    print(*tokenizer.batch_decode(out, skip_special_tokens=True), sep="\n\n")
+    print(f"\ncache: {cache.nbytes:,} bytes")
 
 
 if __name__ == "__main__":

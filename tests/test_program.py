@@ -1,197 +1,114 @@
-"""Run: python -m pytest -q tests/test_program.py        (what the program says, shows and writes beside its text; no GPU needed)"""
-import contextlib
-import io
+"""The command line of generate.py: every --kv, wrong input, sampling, conversations, compilation."""
 import json
 import os
 import pty
-import re
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import safe_open
-
-ROOT = Path(__file__).resolve().parent.parent
+from calling import (
+    ENV, FIELDS, ROOT, as_compiled, check_error, command, result_of, run, type_lines,
+)
+from reference import changed, poisoned, truncated, write_kvtuner
 
 import generate
 from kivi import FullCache, KiviCache
-from model import Transformer
+from program import report
+from program.chat import rounded_capacity
+from program.cli import parser
+from program.memory import needs
+
+BITS = {  # --kv -> bits of K and V of both layers; None: full precision
+    "bf16": None,
+    "kivi2": [(2, 2)] * 2,
+    "kivi2+": [(2, 2)] * 2,
+    "kivi4": [(4, 4)] * 2,
+    "k4v2": [(4, 2)] * 2,
+    "kvtuner": [(4, 2), (2, 8)],
+}
 
 
-class Terminal(io.StringIO):
-    """stdout and stderr of a terminal in one."""
-
-    def isatty(self):
-        return True
-
-
-def run(*args, out=None, err=None):
-    """(exit status, stdout, stderr) of the program inside this process."""
-    out, err, code = out or io.StringIO(), err or io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            generate.main([*map(str, args)])
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def test_a_prompt_that_is_no_text_gets_one_line():
-    """Bytes that are no UTF-8 reach Python as halves of surrogate pairs. Guards against a traceback from the tokenizer."""
-    for args in (("--prompt", "a\udcff"), ("--prompt-file", ROOT / "tiny" / "model.safetensors")):
-        code, out, err = run(*args)
-        assert code == 2 and err.startswith("error:") and err.count("\n") == 1
-
-
-def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypatch):
-    """Guards against a refusal of what fits, in a compiled run, which rounds capacities up."""
-    as_compiled(monkeypatch)
-    args = ("--compile", "--max-new-tokens", 30, "--temperature", 0, "--memory-gb")
-    code, out, err = run(*args, 0.0290)
-    assert code == 0 and run(*args, 1)[1] == out
-    assert run(*args, 0.001)[0] == 2
-
-
-def test_a_line_that_is_too_long_does_not_end_the_conversation(monkeypatch):
-    """Guards against an exit in the middle of a conversation."""
-    lines = iter(["word " * 5000, "The sea"])
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
-    code, out, err = run("--interactive", "--max-new-tokens", 3, "--temperature", 0)
-    assert code == 0 and "error: " in err and out.startswith("The sea")
-
-
-def as_compiled(monkeypatch, compiled=lambda fn: fn):
-    """Lets --compile do as good as nothing: the program cannot tell, and no test waits for Inductor."""
-    def compile(self, prefill=False):
-        self.compiled = True
-        for name in ("start", "before", "attend", "between", "last"):
-            setattr(self, name, compiled(getattr(self, name)))
-
-    monkeypatch.setattr(Transformer, "compile", compile)
-
-
-# ---- the statistics ---------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("options", (dict(), dict(sink=3), dict(k_bits=4, dtype=torch.bfloat16), dict(sliding=70), dict(sliding=200, v_bits=8)),
-                         ids=str)
-def test_traffic_is_that_of_the_tokens_present(options):
-    """Token by token, as the docstring of kivi.py says what is packed when. Guards against the capacity instead of the length, a window
-    that is always full, metadata in bits, K and V with the same boundary."""
-    B, Hk, D, G, R = 2, 3, 64, 16, 32
-    cache = KiviCache(B, Hk, 300, D, group_size=G, residual=R, **options)
-    full = FullCache(B, Hk, 300, D, sliding=options.get("sliding"), dtype=options.get("dtype", torch.float32))
-    item, S = cache.k_window.element_size(), options.get("sink", 0)
-    for length in (1, 31, 32, 33, 34, 64, 65, 100, 300):
-        first = max(0, length - options.get("sliding", length))
-        total = 0
-        for t in range(first, length):
-            for bits, packed in ((cache.config.k_bits, t < (length - 1) // R * R), (cache.config.v_bits, t < length - 1 - R)):
-                total += D * bits / 8 + D / G * 2 * item if packed and t >= S else D * item
-        assert cache.traffic(length) == Hk * total
-        assert full.traffic(length) == 2 * Hk * (length - first) * D * item
-    assert cache.traffic(300) < cache.nbytes / B or "sliding" in options
-
-
-@pytest.mark.parametrize("tied", (True, False))
-def test_the_statistics_hold_together(tied, tmp_path):
-    """Guards against GB/s without the cache or with the embedding, time of prefill in decoding, rates of other steps than were timed,
-    a roofline where the device is not known."""
-    for file in (ROOT / "tiny").iterdir():
-        shutil.copy(file, tmp_path) if file.is_file() else None
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["tie_word_embeddings"]
-    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
-        tensors = {name: weights.get_tensor(name) for name in weights.keys()}
-    read = 4 * sum(x.numel() for x in tensors.values())  # float32; the embedding is the head
-    if not tied:
-        from safetensors.torch import save_file
-
-        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
-    code, out, err = run("--checkpoint", tmp_path, "--kv", "bf16", "--temperature", 0, "--max-new-tokens", 61, "--json")
+def check_run(kv, name, code, out, err):
+    """What a run of 17 + 60 tokens through the tiny checkpoint must have printed."""
+    assert code == 0, err
+    assert out.startswith("Once upon a time") and "Traceback" not in err
     result = json.loads(out.splitlines()[-1])
-    assert code == 0 and result["new_tokens"] == 61 and result["roofline"] is None and result["compile_s"] == 0
-    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    token = config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2 * 4
-    moved = 60 * read + token * sum(result["prompt_tokens"] + 1 + i for i in range(60))
-    assert result["decode_gb_per_s"] * 1e9 * result["decode_s"] == pytest.approx(moved, rel=2e-3)
-    assert result["tokens_per_s"] * result["decode_s"] == pytest.approx(60)
-    assert result["prefill_tokens_per_s"] * result["prefill_s"] == pytest.approx(result["prompt_tokens"])
-    assert re.search(r"5 prompt tokens in [\d.]+ s \(\d+ tokens/s\), 61 new tokens in [\d.]+ s: [\d.]+ tokens/s, [\d.]+ GB/s; bf16 cache [\d.]+ MiB "
-                     r"\(full precision [\d.]+ MiB\), peak memory \d+ MiB", err)
+    assert FIELDS <= result.keys() and result["kv"] == name and result["text"] in out
+    assert result["prompt_tokens"] == 17 and 1 <= result["new_tokens"] <= 60
+    for field in ("peak_bytes", "prefill_s", "decode_s", "tokens_per_s"):
+        assert result[field] > 0
+    shape = (1, 2, 17 + 60, 32)
+    full = 2 * FullCache(*shape).nbytes
+    assert result["kv_bytes_full"] == full
+    if BITS[kv] is None:
+        assert result["kv_bytes"] == full
+        return
+    options = {"group_size": 16, "residual": 32, "sink": 32 if kv == "kivi2+" else 0}
+    layers = [KiviCache(*shape, k_bits=k_bits, v_bits=v_bits, **options)
+              for k_bits, v_bits in BITS[kv]]
+    assert result["kv_bytes"] == sum(layer.nbytes for layer in layers)
 
 
-def test_percent_of_the_roofline_on_known_devices_only(monkeypatch):
-    """Guards against a fraction of another device's bandwidth, and a line that says 0 % where it knows nothing."""
-    result = {"text": "", "prompt_tokens": 5, "new_tokens": 3, "prefill_s": 1.0, "decode_s": 2.0, "tokens_per_s": 1.0, "kv": "kivi2", "kv_bytes": 1,
-              "kv_bytes_full": 1, "peak_bytes": 1}
-    device = SimpleNamespace(type="cuda")
-    for name, share in (("NVIDIA H200", 0.5), ("NVIDIA A100-SXM4-80GB", 2400 / 2039), ("NVIDIA H200 MIG 1g.18gb", None), ("Abacus", None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-        more = generate.speeds(result, 4.8e12, 0.0, device)
-        assert more["roofline"] == (share and pytest.approx(share)) and more["decode_gb_per_s"] == 2400
-        assert ("% of" in generate.told(result | more)) == (share is not None)
+def arguments_for(kv, checkpoint, folder):
+    name = write_kvtuner(folder / "bits", BITS[kv]) if kv == "kvtuner" else kv
+    options = [] if kv == "bf16" else ["--group-size", 16, "--residual", 32]
+    return name, ["--checkpoint", checkpoint, "--kv", name, "--prompt", "Once upon a time",
+                  "--max-new-tokens", 60, "--temperature", 0, "--json", *options]
 
 
-@pytest.mark.parametrize("kv", ("kivi2", "bf16"))
-def test_compilation_is_not_decoding(kv, monkeypatch):
-    """Guards against tokens/s that count the compilation, and a step that is counted without its time."""
-    slow = []
-
-    def first_is_slow(fn):
-        def call(*args):
-            if not slow:
-                slow.append(time.sleep(1.5))
-            return fn(*args)
-        return call
-
-    as_compiled(monkeypatch, first_is_slow)
-    begin = time.perf_counter()
-    code, out, err = run("--compile", "--temperature", 0, "--max-new-tokens", 21, "--json", "--kv", kv)
-    took = time.perf_counter() - begin
-    result = json.loads(out.splitlines()[-1])
-    assert code == 0 and 1.5 < result["compile_s"] < took - result["decode_s"] and f"after compiling for {result['compile_s']:.1f} s" in err
-    assert result["tokens_per_s"] * result["decode_s"] == pytest.approx(19)  # of 20 steps
+@pytest.mark.parametrize("kv", BITS)
+def test_the_program_runs_for_every_kv(kv, checkpoint, tmp_path):
+    """Guards against a flag that rots, JSON that is not the last line, bytes that are not the
+    caches', text that is not streamed."""
+    name, arguments = arguments_for(kv, checkpoint, tmp_path)
+    check_run(kv, name, *run(*arguments))
 
 
-def test_many_prompts_have_the_same_statistics(tmp_path):
-    """Guards against traffic of padding rows, of one row only, and weights once a row."""
-    file = tmp_path / "prompts"
-    file.write_text("\n".join(json.dumps({"prompt": "the sea " * n, "max_new_tokens": n}) for n in (8, 20, 14)))
-    code, out, err = run("--prompts", file, "--temperature", 0, "--json", "--kv", "bf16", "--batch-size", 2)
-    rows, result = [json.loads(x) for x in out.splitlines()[:-1]], json.loads(out.splitlines()[-1])
-    model, _ = generate.load()
-    steps = [19, 7]  # of two waves: 20 and 14 new tokens, then 8
-    c = model.config
-    weights, token = sum(p.nbytes for p in model.parameters()), c.n_layers * c.n_kv_heads * c.head_dim * 8
-    kv = sum(r["prompt_tokens"] + i for r in rows for i in range(1, r["new_tokens"]))
-    assert [r["new_tokens"] for r in rows] == [8, 20, 14]
-    assert result["decode_gb_per_s"] * 1e9 * result["decode_s"] == pytest.approx(sum(steps) * weights + kv * token, rel=2e-3)
-    assert "tokens/s, " in err and "GB/s; bf16 cache" in err
+def test_the_program_runs_as_a_process(checkpoint, tmp_path):
+    """Guards against what only a process shows: an import that the tests have done already."""
+    name, arguments = arguments_for("kvtuner", checkpoint, tmp_path)
+    done = command(*arguments)
+    check_run("kvtuner", name, done.returncode, done.stdout, done.stderr)
 
 
-# ---- progress, help -----------------------------------------------------------------------------------------------------------------
+def test_an_all_2_bit_kvtuner_file_is_kivi2(checkpoint, tmp_path):
+    """Guards against per-layer bits that take another path than the preset."""
+    results = []
+    for kv in ("kivi2", write_kvtuner(tmp_path / "bits", [(2, 2)] * 2)):
+        results.append(result_of("--checkpoint", checkpoint, "--kv", kv, "--prompt", "abc",
+                                 "--max-new-tokens", 100, "--temperature", 0, "--residual", 32))
+    for field in ("text", "kv_bytes"):
+        assert results[0][field] == results[1][field]
 
-def test_what_takes_long_is_shown_on_a_terminal_only(monkeypatch):
-    """Guards against control characters in a log, progress that stays in the way of the text, and one that wipes it out."""
-    as_compiled(monkeypatch)
-    args = ("--compile", "--max-new-tokens", 5, "--temperature", 0)
-    code, out, err = run(*args)
-    assert code == 0 and "\r" not in out + err and "loading" not in err
-    screen = Terminal()
-    run(*args, out=screen, err=screen)
-    shares = [int(x) for x in re.findall(r"loading the weights: (\d+)%", screen.getvalue())]
-    assert shares == sorted(shares) and shares[-1] == 100 and len(shares) > 50
-    lines = screen.getvalue().split("\r\033[K")
-    assert lines[-2] == "compiling the decode step ..." and lines[-1].startswith(out)
+
+def test_prompt_file_seed_and_sampling_flags(checkpoint, tmp_path):
+    """Guards against a flag that is parsed and then ignored."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("Once upon a time")
+
+    def result(*args):
+        return result_of("--checkpoint", checkpoint, "--max-new-tokens", 40, *args)
+
+    def text(*args):
+        return result(*args)["text"]
+
+    greedy = text("--prompt", "Once upon a time", "--temperature", 0)
+    assert text("--prompt-file", file, "--temperature", 0) == greedy
+    assert text("--temperature", 1, "--top-k", 1) == greedy
+    assert text("--temperature", 1, "--top-p", 0.0001) == greedy
+    hot = ("--temperature", 1.5, "--seed")
+    assert text(*hot, 1) == text(*hot, 1) != text(*hot, 2)
+    plain = result()
+    sinks = 2 * 3 * 2 * 2 * 32 * 4  # layers, sinks, K and V, heads, D, bytes of a float32
+    assert result("--sink", 3)["kv_bytes"] - plain["kv_bytes"] == sinks
+    half = 2 * FullCache(1, 2, 17 + 40, 32, dtype=torch.bfloat16).nbytes  # of two layers
+    assert result("--dtype", "bfloat16")["kv_bytes_full"] == half < 0.6 * plain["kv_bytes_full"]
 
 
 def test_help_has_groups_and_examples_that_run():
@@ -200,112 +117,265 @@ def test_help_has_groups_and_examples_that_run():
     assert code == 0
     for group in ("model:", "cache:", "prompt:", "sampling:", "output:"):
         assert f"\n{group}\n" in out
-    examples = [line.split("   ")[0].split(maxsplit=2)[2:] for line in out.splitlines() if line.startswith("  python generate.py")]
+    examples = [line.split("   ")[0].split(maxsplit=2)[2:] for line in out.splitlines()
+                if line.startswith("  python generate.py")]
     assert len(examples) == 3
     for example in examples:
-        generate.parser().parse_args(shlex.split(" ".join(example)))
+        parser().parse_args(shlex.split(" ".join(example)))
 
 
-# ---- a profile ----------------------------------------------------------------------------------------------------------------------
+# ---- wrong input --------------------------------------------------------------------------------
 
-def test_profile_writes_ten_decode_steps(tmp_path):
-    """Guards against prefill in the trace, empty steps, and a text that the profiler changes."""
-    file = tmp_path / "trace.json"
-    args = ("--temperature", 0, "--max-new-tokens", 14)
-    code, out, err = run(*args, "--profile", file)
-    assert code == 0 and out == run(*args)[1] and f"10 decode steps are in {file}" in err
-    events = [e for e in json.loads(file.read_text())["traceEvents"] if e.get("ph") == "X"]
-    assert len({e["name"] for e in events if e["name"].startswith("ProfilerStep#")}) == 10
-    assert sum(e["name"] == "aten::embedding" for e in events) == 10  # one a step
+def with_changes(**changes):
+    return lambda c, folder: ["--checkpoint", changed(c, folder, **changes)]
 
 
-def test_a_text_that_ends_early_has_fewer_steps_in_its_profile(tmp_path):
-    """Guards against a message that counts what was not recorded, and a trace without steps."""
-    for file in (ROOT / "tiny").iterdir():
-        shutil.copy(file, tmp_path) if file.is_file() else None
-    model, tokenizer = generate.load()
-    ids = torch.tensor([tokenizer.encode("Once upon a time").ids])
-    new = generate.generate(model, ids, 12, 0.0)[0, ids.shape[1]:].tolist()
-    for n, steps in ((8, 5), (2, None)):
-        assert new.index(new[n - 1]) == n - 1
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": new[n - 1]}))
-        code, _, err = run("--checkpoint", tmp_path, "--temperature", 0, "--profile", tmp_path / "trace")
-        assert (code, f"{steps} decode steps are in" in err) == ((0, True) if steps else (2, False)), err
-        if steps:
-            events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
-            assert sum(e["name"] == "aten::embedding" for e in events) in (steps, steps + 1)  # one is under way when the end is read
-    assert "error: the text ended after 2 tokens" in err
+def with_options(*options):
+    return lambda c, folder: ["--checkpoint", c, *options]
 
 
-@pytest.mark.parametrize("args, named", ((("--max-new-tokens", 13), "14 new tokens"), (("--interactive",), "--interactive"),
-                                         (("--prompts", "x"), "--prompts")))
-def test_a_profile_that_cannot_be_is_refused(args, named, tmp_path):
-    """Guards against an empty trace, and one that every answer overwrites."""
-    code, out, err = run(*args, "--profile", tmp_path / "trace")
-    assert code == 2 and err.startswith("error:") and named in err and out == ""
-    code, _, err = run("--profile", tmp_path / "nowhere" / "trace")
-    assert code == 2 and "nowhere" in err
+def with_kvtuner(*pairs):
+    return lambda c, folder: ["--checkpoint", c, "--kv", write_kvtuner(folder / "bits", pairs)]
 
 
-# ---- a conversation -----------------------------------------------------------------------------------------------------------------
+def without(name):
+    def arguments(c, folder):
+        (changed(c, folder) / name).unlink()
+        return ["--checkpoint", folder]
 
-def test_room_is_few_capacities():
-    """Guards against a size that is too small, beyond the context, or one of its own for every length."""
+    return arguments
+
+
+ERRORS = {  # name: (arguments from (checkpoint, folder), what the line must name)
+    "missing folder": (lambda c, f: ["--checkpoint", f / "nowhere"], "nowhere"),
+    "unknown architecture": (with_changes(architectures=["MambaForCausalLM"]), "MambaForCausalLM"),
+    "truncated safetensors": (
+        lambda c, f: ["--checkpoint", truncated(c, f)], "model.safetensors"),
+    "capacity exceeded": (with_options("--max-new-tokens", 600), "512"),
+    "G does not divide D": (with_options("--group-size", 64), "64"),
+    "R is no multiple of G": (with_options("--group-size", 16, "--residual", 40), "40"),
+    "NaN in K": (lambda c, f: ["--checkpoint", poisoned(c, f)], "NaN"),
+    "unknown kv": (with_options("--kv", "kivi3"), "kivi3"),
+    "wrong kvtuner file": (with_kvtuner(*[(2, 2)] * 5), "5"),
+    "bits not 2, 4, 8": (with_kvtuner((2, 3), (2, 3)), "3"),
+    "missing kvtuner file": (lambda c, f: ["--checkpoint", c, "--kv", f"kvtuner:{f}/nowhere"],
+                             "nowhere"),
+    "not a checkpoint": (lambda c, f: ["--checkpoint", f], "config.json"),
+    "unknown name": (lambda c, f: ["--checkpoint", "no-such-model"], "no-such-model"),
+    "missing weights": (without("model.safetensors"), "model.safetensors"),
+    "missing tokenizer": (without("tokenizer.json"), "tokenizer.json"),
+    "another shape": (with_changes(intermediate_size=128), "128"),
+    "another depth": (with_changes(num_hidden_layers=3), "model.layers.2"),
+    "negative temperature": (with_options("--temperature", -1), "-1"),
+    "top-p above 1": (with_options("--top-p", 2), "2"),
+    "no new tokens": (with_options("--max-new-tokens", 0), "0"),
+    "negative sinks": (with_options("--sink", -3), "-3"),
+    "no residual": (with_options("--residual", 0), "0"),
+    "no group": (with_options("--group-size", 0), "0"),
+    "unknown device": (with_options("--device", "abacus"), "abacus"),
+    "missing prompt file": (lambda c, f: ["--checkpoint", c, "--prompt-file", f / "nowhere.txt"],
+                            "nowhere.txt"),
+    "prompt beyond the context": (with_options("--prompt", "word " * 200), "512"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_input_gets_one_line_and_exit_status_2(name, checkpoint, tmp_path, monkeypatch):
+    """Guards against tracebacks, warnings beside the line, status 0 or 1."""
+    arguments, named = ERRORS[name]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check_error(run(*arguments(checkpoint, tmp_path)), named)
+
+
+def test_wrong_input_of_a_process(checkpoint, tmp_path):
+    """The one that shows last. Guards against warnings of libraries that the tests above do not
+    see, and another status."""
+    done = command("--checkpoint", poisoned(checkpoint, tmp_path), "--prompt", "x")
+    check_error((done.returncode, done.stdout, done.stderr), "NaN")
+
+
+def test_a_prompt_that_is_no_text_gets_one_line():
+    """Bytes that are no UTF-8 reach Python as halves of surrogate pairs. Guards against a traceback
+    from the tokenizer."""
+    check_error(run("--prompt", "a\udcff"))
+    check_error(run("--prompt-file", ROOT / "tiny" / "model.safetensors"))
+
+
+# ---- compilation --------------------------------------------------------------------------------
+
+def choose(steps, choice=None, cuda=True, **options):
+    """(the line about the compilation, was the model compiled and with which `prefill`?)"""
+    model = Mock()
+    model.embed.weight.is_cuda = cuda
+    why = report.compile_if_it_pays(SimpleNamespace(model=model, compile=choice), steps, **options)
+    return why, [call.kwargs["prefill"] for call in model.compile.call_args_list]
+
+
+def test_a_compilation_is_chosen_where_it_pays():
+    """Guards against half a minute of compiling for a sentence, against a choice that no line
+    explains, and against a line about what the user has chosen himself."""
+    pays = report.COMPILE_PAYS
+    takes = f"about {report.COMPILE_TAKES['cuda']} s"
+    assert choose(pays - 1) == (
+        f"not compiling the decode step, which takes {takes}: it pays from {pays} steps on, "
+        f"here are {pays - 1} (--compile does it)", [])
+    assert choose(pays, prefill=True) == (
+        f"compiling the decode step, {takes}: {pays} steps pay for it "
+        "(--no-compile leaves it out)", [True])
+    why, compiled = choose(1, interactive=True)
+    assert "a conversation pays for it" in why and compiled == [False]
+    for cuda in (True, False):
+        assert choose(1, True, cuda) == (None, [False])
+        assert choose(10**6, False, cuda) == (None, [])
+    assert choose(10**6, cuda=False) == (None, [])
+
+
+def test_several_processes_compile(monkeypatch):
+    """Guards against sums between GPUs that are not compiled: several times slower."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    why, compiled = choose(1)
+    assert "several processes need it" in why and compiled == [False]
+
+
+@pytest.mark.parametrize("arguments", ((), ("--prompts", ROOT / "LICENSE"), ("--interactive",)))
+def test_the_choice_is_told_on_stderr(arguments, monkeypatch):
+    """Guards against a line that is lost, printed twice, or stands in the text."""
+    module = "program.report" if "--prompts" in arguments else "program.cli"
+    monkeypatch.setattr(f"{module}.compile_if_it_pays", lambda *_, **__: "compiling, because")
+    type_lines(monkeypatch, "The sea")
+    code, out, err = run(*arguments, "--max-new-tokens", 2)
+    assert code == 0 and err.splitlines().count("compiling, because") == 1
+    assert "because" not in out
+
+
+def test_a_broken_compile_cache_is_named_in_one_line(monkeypatch, fresh_compiler):
+    """Guards against a traceback where a killed run has left half a file in the compiler's
+    cache."""
+    from torch._inductor import compile_fx
+
+    def broken(*args, **options):
+        json.loads("{")
+
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", broken)
+    result = run("--compile", "--max-new-tokens", 3)
+    check_error(result, "the compiler failed", "delete", "--no-compile")
+
+
+@pytest.mark.slow
+def test_the_program_compiles_on_request(checkpoint):
+    """Guards against --compile on the CPU, which nothing else runs as a user does."""
+    arguments = ["--checkpoint", checkpoint, "--prompt", "Once", "--max-new-tokens", 150,
+                 "--temperature", 0, "--residual", 32, "--json"]
+    compiled, plain = command(*arguments, "--compile"), command(*arguments, "--no-compile")
+    assert compiled.returncode == plain.returncode == 0, compiled.stderr
+    texts = [json.loads(done.stdout.splitlines()[-1])["text"] for done in (compiled, plain)]
+    assert texts[0] == texts[1]
+
+
+def test_capacities_are_few():
+    """Guards against a size that is too small, beyond the context, or one of its own for every
+    length."""
     model = SimpleNamespace(config=SimpleNamespace(max_len=5000), compiled=False)
-    assert [generate.room(model, n) for n in (1, 777, 5000, 6000)] == [1, 777, 5000, 6000]
+    sizes = (1, 777, 5000, 6000)
+    assert tuple(rounded_capacity(model, n) for n in sizes) == sizes
     model.compiled = True
-    sizes = {n: generate.room(model, n) for n in range(1, 5001)}
-    assert all(n <= size <= max(1024, 1.25 * n) for n, size in sizes.items())
-    assert sorted(set(sizes.values())) == [1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5000]
-    assert generate.room(model, 5001) == 5001  # refused further on, by its own number
+    rounded = {n: rounded_capacity(model, n) for n in range(1, 5001)}
+    assert all(n <= size <= max(1024, 1.25 * n) for n, size in rounded.items())
+    assert sorted(set(rounded.values())) == [
+        1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5000]
+    assert rounded_capacity(model, 5001) == 5001  # refused further on, by its own number
     model.config.max_len = 300
-    assert generate.room(model, 200) == 300
+    assert rounded_capacity(model, 200) == 300
 
 
-def test_the_turns_of_a_conversation_share_one_compilation(monkeypatch):
-    """Guards against a recompilation every turn: 20 seconds each on a GPU. (Dynamo decides that; Inductor stays out of it.)"""
-    torch._dynamo.reset()
-    as_compiled(monkeypatch, lambda fn: torch.compile(fn, fullgraph=True, backend="eager"))
-    monkeypatch.setattr(generate, "encode", lambda t, messages, _: t.encode("word " * 40 * len(messages)).ids)
-    lines, compiled = iter(["one", "two", "three"]), []
+def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypatch):
+    """Guards against a refusal of what fits, in a compiled run, which rounds capacities up."""
+    as_compiled(monkeypatch)
+    model, _ = generate.load()
+    model.compile()
+    exact, rounded = (sum(needs(model, 1, 5, n).values()) for n in (35, 1024))
+    arguments = ("--compile", "--max-new-tokens", 30, "--temperature", 0, "--memory-gb")
+    code, out, _ = run(*arguments, (exact + rounded) / 2 / 2**30)
+    assert code == 0 and run(*arguments, 1)[1] == out
+    assert run(*arguments, 0.001)[0] == 2
 
-    def ask(_):
-        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return next(lines, None) or (_ for _ in ()).throw(EOFError)
+
+# ---- conversations ------------------------------------------------------------------------------
+
+def test_interactive_answers_every_line(checkpoint):
+    """Guards against an end of input that is a traceback, an empty line that counts, and a second
+    prompt that does not follow the first."""
+    done = command("--checkpoint", checkpoint, "--interactive", "--max-new-tokens", 8,
+                   "--temperature", 0, stdin="one\n\none\n")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    prompts = [int(line.split()[0]) for line in done.stderr.splitlines() if "new tokens" in line]
+    # Bytes of "one" and BOS, then the text so far, too.
+    assert len(prompts) == 2 and prompts[0] == 4 and prompts[1] > 7
+    assert done.stdout.count("> one") == 2
+
+
+class Console:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, args)], stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True, env=os.environ | ENV | {"TERM": "dumb"})
+        os.close(slave)
+        self.seen = b""
+
+    def until(self, text, start=0):
+        """Waits until the text appears after the first `start` bytes; returns how many came."""
+        while text not in self.seen[start:]:
+            assert select.select([self.master], [], [], 60)[0], self.seen
+            self.seen += os.read(self.master, 1000)
+        return len(self.seen)
+
+    def type(self, text):
+        os.write(self.master, text)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program():
+    """A real process on a terminal. Guards against an interrupt that ends the program, loses what
+    was said, or shows a traceback."""
+    console = Console(ROOT / "generate.py", "--interactive", "--max-new-tokens", 2000,
+                      "--temperature", 0)
+    try:
+        console.until(b"> ")
+        console.type(b"Once upon a time\n")
+        console.until(b"Once upon a time the old man")  # the answer has begun
+        console.process.send_signal(signal.SIGINT)
+        at = console.until(b"\n> ", len(console.seen))
+        console.type(b"and so\n")
+        console.until(b"and so", at + 7)  # again, as the beginning of the answer
+        console.process.send_signal(signal.SIGINT)
+        console.until(b"\n> ", len(console.seen))
+        console.type(b"\x04")
+        assert console.process.wait(30) == 0 and b"Traceback" not in console.seen
+    finally:
+        console.process.kill()
+        os.close(console.master)
+
+
+def test_the_turns_of_a_conversation_share_one_compilation(monkeypatch, fresh_compiler):
+    """Guards against a recompilation every turn: half a minute each on a GPU. (Dynamo decides
+    that; Inductor stays out of it.)"""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compile(
+        fn, fullgraph=True, dynamic=options.get("dynamic"), backend="eager"))
+    monkeypatch.setattr("program.chat.encode", lambda tokenizer, messages, render:
+                        tokenizer.encode("word " * 40 * len(messages)).ids)
+    graphs = []
+
+    def ask(prompt, lines=iter(["one", "two", "three"])):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
 
     monkeypatch.setattr("builtins.input", ask)
     code, _, err = run("--compile", "--interactive", "--max-new-tokens", 6, "--residual", 32)
     assert code == 0 and err.count("new tokens") == 3
-    assert compiled[0] < compiled[1] == compiled[2] == compiled[3], compiled
-
-
-def test_ctrl_c_ends_the_answer_and_not_the_program():
-    """A real process on a terminal. Guards against an interrupt that ends the program, loses what was said, or shows a traceback."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, ROOT / "generate.py", "--interactive", "--max-new-tokens", "2000", "--temperature", "0"], stdin=slave,
-                               stdout=slave, stderr=slave, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"})
-    os.close(slave)
-    seen = b""
-
-    def until(text, start=0):
-        nonlocal seen
-        while text not in seen[start:]:
-            assert select.select([master], [], [], 60)[0], seen
-            seen += os.read(master, 1000)
-        return len(seen)
-
-    try:
-        until(b"> ")
-        os.write(master, b"Once upon a time\n")
-        until(b"Once upon a time the old man")  # the answer has begun
-        process.send_signal(signal.SIGINT)
-        at = until(b"\n> ", len(seen))
-        os.write(master, b"and so\n")
-        until(b"and so", at + 7)  # again, as the beginning of the answer
-        process.send_signal(signal.SIGINT)
-        until(b"\n> ", len(seen))
-        os.write(master, b"\x04")
-        assert process.wait(30) == 0 and b"Traceback" not in seen
-    finally:
-        process.kill()
-        os.close(master)
+    assert graphs[0] < graphs[1] == graphs[2] == graphs[3], graphs

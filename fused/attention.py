@@ -1,0 +1,388 @@
+"""The attention of `KiviCache`, written so that `torch.compile` fuses the unpacking into it.
+
+It computes what `kivi.KiviCache.attention` computes, from the same buffers, and never writes K or V
+out at full precision. Three things make the difference:
+
+Folding. With codes c, scale s, zero z, a query q, weights p, and the group g of the token (K) or of
+the channel (V), the scales fold into q and p, and the zeros into one number a group:
+
+    q . k_t = sum_d (q_d s_dg) c_td + sum_d q_d z_dg
+    out_d   = sum_t (p_t s_tg) c_dt + sum_t p_t z_tg
+
+so that both products are products of bare codes, which `product` unpacks on the fly.
+
+Planes. Field a of all bytes is plane a: of P planes each has its own groups, so its own scales, and
+no code is ever moved to another place. Scores stay apart by plane, P tensors [.., C / P].
+
+Blocks. Every block of C tokens has a softmax of its own (flash decoding). Else a pass over a whole
+row of scores would stand between the products, and one row would be too little work for a GPU. The
+window is one more block; `merge` weighs them all.
+
+Shapes: nb blocks, of U stacks each; M query heads share a KV head.
+"""
+from functools import lru_cache, reduce
+from math import prod
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from kivi import FullCache
+
+NEVER = -1e30  # score of a token that is not there; finite, or an empty block would give NaN
+LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q or p, r the sum
+    "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64,
+               "num_warps": 1, "num_stages": 3},
+    # The products of zeros and of the window's keys, and of its values where rows are few.
+    "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
+    "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32,
+               "num_warps": 4, "num_stages": 3},
+    "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
+    "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},
+}
+
+
+def compiled_attention(device):
+    """attend(cache, q, pos=None, t=None): the `attention` of both caches, compiled for `device`.
+
+    q [B, H, 1, D] -> [B, H, 1, D]; pos [B] index of the newest token and t, the tokens to read, as
+    in `kivi.Cache.attend` unless given. One compilation serves all layers and lengths; it can be
+    captured in a CUDA graph. A model's linear layers should stay out of it: the options here would
+    turn their products into kernels of their own, and the library is better at them.
+    """
+    cuda = torch.device(device).type == "cuda"
+    full = torch.compile(full_attention, fullgraph=True)
+    if cuda:
+        from torch._inductor.virtualized import V
+
+        choices = launches()
+        quantized = torch.compile(attention, fullgraph=True, options=OPTIONS)
+    else:
+        quantized = torch.compile(attention, fullgraph=True)
+
+    def attend(cache, q, pos=None, t=None):
+        if pos is None:
+            cache.check(1, q=q)
+            pos = cache.pos - 1
+        n = cache.length if t is None else len(t)
+        if isinstance(cache, FullCache):
+            return full(cache, q, pos, dynamic(cache.tokens(n)), has_grouped_kernel(q))
+        if cuda and q.dtype == torch.float32:
+            return cache.attention(q, pos, cache.tokens(n))  # `product` has no float32 form there
+        # At least two blocks, if there are two: the compiler takes a length of 1 for a constant.
+        end = min(max(n, 2 * cache.block), cache.capacity)
+        starts = cache.index[: end : cache.block]
+        if not cuda:
+            return quantized(cache, q, pos, dynamic(starts))
+        with V.set_choices_handler(choices):  # else Inductor keeps the first that a process meets
+            return quantized(cache, q, pos, dynamic(starts))
+
+    return attend
+
+
+def dynamic(x):
+    """x [n] with a length that the compiler does not take for a constant."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+@lru_cache
+def _grouped_kernel(dtype, device, head_dim):
+    q = torch.empty(1, 2, 1, head_dim, dtype=dtype, device=device)
+    k = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
+    mask = torch.empty(1, 1, 1, 128, dtype=torch.bool, device=device)
+    choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, enable_gqa=True)
+    return choice != SDPBackend.MATH.value
+
+
+def has_grouped_kernel(q):
+    """Has the library a kernel for groups of query heads with a mask? cuDNN's is up to 15 times as
+    fast as query heads as rows; without one, K and V would be copied for every query head."""
+    return q.is_cuda and _grouped_kernel(q.dtype, q.device, q.shape[-1])
+
+
+def full_attention(cache, q, pos, t, grouped):
+    """`FullCache.attention`, by the library's grouped kernel where it has one."""
+    k, v = (first(x, t.shape[0]) for x in (cache.k_window, cache.v_window))
+    rows = q if grouped else q.reshape(len(q), k.shape[1], -1, k.shape[3])
+    seen = cache.seen(pos, t)[:, None, None]  # [B, 1, 1, n]
+    return F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped).view(q.shape)
+
+
+def first(x, n, *inner):
+    """The first n * prod(inner) entries of dimension 2 of a buffer, as [B, Hk, n, *inner, ..].
+
+    A slice would be contiguous for a full cache only, and the step would compile once more then.
+    """
+    batch, head, entry = x.stride()[:3]
+    steps = [entry * prod(inner[i:]) for i in range(len(inner) + 1)]
+    shape = (*x.shape[:2], n, *inner, *x.shape[3:])
+    return x.as_strided(shape, (batch, head, *steps, *x.stride()[3:]))
+
+
+def attention(cache, q, pos, starts):
+    """Attention of one query per head: q [B, H, 1, D], pos [B] index of the newest token.
+
+    starts  [nb] first token of every block to read; the one dynamic shape of a decode step
+    """
+    rows = q.reshape(len(q), cache.n_kv_heads, -1, cache.head_dim)  # [B, Hk, M, D]
+    rows = rows.to(torch.float16) if q.is_cuda else rows.float()
+    scores = packed_scores(cache, rows, starts.shape[0])
+    top, total, out = softmax_of_blocks(cache, scores, pos, starts)
+    window_top, window_total, window_out = softmax_of_window(cache, rows, scores, pos)
+
+    top, total = (x[..., None].expand(out.shape) for x in (top, total))  # so it is one kernel
+    best = torch.maximum(top.amax(2), window_top)  # [B, Hk, M, D]
+    weight = (top - best[:, :, None]).exp()
+    window_weight = (window_top - best).exp()
+    total = (weight * total).sum(2) + window_weight * window_total
+    out = ((weight * out).sum(2) + window_weight * window_out) / total
+    return out.view(q.shape).to(q.dtype)
+
+
+def packed_scores(cache, rows, n_blocks):
+    """q . K / sqrt(D) of the packed keys: rows [B, Hk, M, D] -> P of [B, Hk, nb, M, C / P]."""
+    bits, G, unit = cache.config.k_bits, cache.config.group_size, cache.head_dim**-0.5
+    P = 8 // bits
+    U = cache.block // (P * G)
+    packed = first(cache.k_packed, n_blocks, U)  # [B, Hk, nb, U, G, D]
+    scale = first(cache.k_scale, n_blocks, U, P)  # [B, Hk, nb, U, P, D]
+    zero = first(cache.k_zero, n_blocks, U * P).to(rows.dtype)  # [B, Hk, nb, U * P, D]
+    # One number for a group, which its codes' product lacks.
+    of_zero = product((rows[:, :, None].expand(-1, -1, n_blocks, -1, -1), zero, unit))
+    of_zero = of_zero.unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
+    scores = []
+    for a, (codes, factor) in enumerate(numbers(packed, bits, rows.dtype)):
+        folded = rows[:, :, None, None] * scale[:, :, :, :, a, None]  # [B, Hk, nb, U, M, D]
+        of_codes = product((folded, codes, factor * unit)).transpose(3, 4)  # [.., M, U, G]
+        scores.append((of_codes + of_zero[..., a, None]).flatten(-2))
+    return scores
+
+
+def softmax_of_blocks(cache, scores, pos, starts):
+    """Attention over the tokens whose values are quantized, block by block.
+
+    returns  largest score and sum of weights [B, Hk, nb, M], weighted values [B, Hk, nb, M, D]
+    """
+    c, C = cache.config, cache.block
+    t = starts.int()[:, None] + torch.arange(C, dtype=torch.int32, device=pos.device)  # [nb, C]
+    newest = pos.int()[:, None, None]
+    seen = (t >= c.sink) & (t < newest - c.residual)  # [B, nb, C]
+    if cache.sliding is not None:
+        seen = seen & (t > newest - cache.sliding)
+    seen = by_plane(seen[:, None, :, None], len(scores), c.group_size)
+    scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, seen)]
+    if c.k_bits != c.v_bits:  # other planes for V: through the order of tokens
+        scores = [x.unflatten(-1, (-1, c.group_size)) for x in scores]
+        scores = by_plane(torch.stack(scores, -2).flatten(-3), 8 // c.v_bits, c.group_size)
+    top = reduce(torch.maximum, scores).amax(-1)  # [B, Hk, nb, M]
+    p = [(x - top[..., None]).exp() for x in scores]
+    return top, sum(p).sum(-1), packed_values(cache, p, starts.shape[0], pos.is_cuda)
+
+
+def by_plane(x, planes, group_size):
+    """x [.., C] in the order of tokens -> one tensor [.., C / planes] for every plane."""
+    return x.unflatten(-1, (-1, planes, group_size)).movedim(-2, 0).flatten(-2).unbind(0)
+
+
+def packed_values(cache, p, n_blocks, half):
+    """p . V of the packed values: p, P of [B, Hk, nb, M, C / P] -> [B, Hk, nb, M, D]."""
+    bits, G, P = cache.config.v_bits, cache.config.group_size, len(p)
+    U = cache.block // (P * G)
+    packed = first(cache.v_packed, n_blocks, U).unflatten(4, (-1, G))
+    packed = packed.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]
+    scale, zero = (first(x, n_blocks, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
+                   for x in (cache.v_scale, cache.v_zero))  # [B, Hk, nb, P, D / G, C / P]
+    if half:
+        p = [stored(x.to(torch.float16)) for x in p]
+    # In float32: these sums largely cancel those of the codes.
+    zero = zero.float()
+    of_zero = [sum(x * zero[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1)
+               for g in range(zero.shape[4])]
+    of_zero = torch.stack(of_zero, 3)  # [B, Hk, nb, D / G, M]
+    folded = [x[:, :, :, None] * scale[:, :, :, a, :, None] for a, x in enumerate(p)]
+    codes = numbers(packed, bits, p[0].dtype)
+    of_codes = product(*((x, *plane) for x, plane in zip(folded, codes)))
+    return (of_codes + of_zero[..., None]).transpose(3, 4).flatten(-2)
+
+
+def softmax_of_window(cache, rows, scores, pos):
+    """Attention over the tokens whose values are exact: the sinks and the last R + 1.
+
+    returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
+    """
+    c, G, P, C = cache.config, cache.config.group_size, len(scores), cache.block
+    B, Hk, M, D = rows.shape
+    device = pos.device
+    t = slot_tokens(c, pos)  # [B, slots]
+    recent = product((rows, cache.k_window.to(rows.dtype), D**-0.5))  # [B, Hk, M, slots]
+    # Between the boundaries of K and V the value is exact and the key is quantized: such scores
+    # come from the planes, from the place of the token there.
+    exact = (t < c.sink) | (t >= (pos // c.residual * c.residual)[:, None])
+    place = t.clamp(0, scores[0].shape[2] * C - 1)[:, None, None]
+    index = (
+        torch.arange(B, device=device)[:, None, None, None],
+        torch.arange(Hk, device=device)[:, None, None],
+        place // C,
+        torch.arange(M, device=device)[:, None],
+        place % C // (P * G) * G + place % G,
+    )
+    plane = place // G % P
+    for a, x in enumerate(scores):
+        recent = torch.where(exact[:, None, None] | (plane != a), recent, x[index])
+    unseen = t < 0 if cache.sliding is None else (t < 0) | (t <= pos[:, None] - cache.sliding)
+    recent = recent.masked_fill(unseen[:, None, None], NEVER)
+    top = recent.amax(-1, keepdim=True)
+    p = (recent - top).exp()
+    total = p.sum(-1, keepdim=True)
+    p = stored(p.to(rows.dtype)) if rows.dtype == torch.float16 else p
+    return top, total, product((p, cache.v_window.to(rows.dtype).mT, 1.0))
+
+
+def slot_tokens(config, pos):
+    """[B, slots] token that each slot of the window holds; negative where there is none."""
+    S, R = config.sink, config.residual
+    slots = torch.arange(S + R + 1, device=pos.device)
+    newest = pos[:, None]
+    latest = newest - (newest - slots) % (R + 1)  # the newest t with (t - S) % (R + 1) + S = slot
+    pinned = torch.where(slots <= newest, slots, -1)
+    return torch.where(slots < S, pinned, torch.where(latest >= S, latest, -1))
+
+
+def numbers(packed, bits, dtype):
+    """The codes of every plane as numbers, not yet shifted into place: [(codes * 2^p, 2^-p) ..].
+
+    float16 (CUDA): the low bits of a float16 are the mantissa of a denormal, so the masked byte
+    already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code.
+    """
+    masks = [(p, (1 << bits) - 1 << p) for p in range(0, 8, bits)]
+    if dtype != torch.float16:
+        return [((packed & mask).float(), 2.0**-p) for p, mask in masks]
+    wide = packed.to(torch.int16)
+    # The minus makes LLVM mask two codes with one instruction; the tensor core applies it for free.
+    return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]
+
+
+def product(*terms):
+    """Sum of factor * (rows [.., M, X] . codes [.., Y, X]) over the terms: [.., M, Y] float32.
+
+    terms  (rows, codes, factor); on CUDA float16, one `tl.dot` a term, all in one kernel, with the
+           unpacking on the way to the tensor core (Inductor's native_matmul). On a CPU a matrix
+           product would write the codes out first, so it is a sum a row, which fuses with them.
+    """
+    M, codes = terms[0][0].shape[-2], terms[0][1]
+    if codes.dtype == torch.float32:
+        sums = [sum(rows[..., m, None, :] * codes * factor for rows, codes, factor in terms).sum(-1)
+                for m in range(M)]
+        return torch.stack(sums, -2)
+    if M == 1:  # a product with a single row would go to the library, with the codes written out
+        terms = [(rows.expand(*rows.shape[:-2], 2, -1), *rest) for rows, *rest in terms]
+    # `rows` come second: there they are padded to 8 rows, as the first operand to 16.
+    out = sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)
+    return stored(out).mT[..., :M, :]
+
+
+def stored(x):
+    """x, written to memory by the kernel that computes it.
+
+    Inductor keeps the result of a product in the type of its operands, 16 bits here, unless float32
+    arithmetic on it ends in a store of the same kernel; and what is not stored it evaluates again
+    for every reader. `as_strided` needs real strides and so forces the store.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
+def is_product(node):
+    """Is a node of Inductor's scheduler a `tl.dot`?"""
+    return node is not None and not node.is_template() and node.is_native_matmul()
+
+
+def products_may_fuse(scheduler, node1, node2, shared_data_score):
+    """The rule on fusing nodes of Inductor's scheduler where there are products."""
+    from torch._inductor.choices import InductorChoices
+
+    if is_product(node1) or is_product(node2):
+        # A heuristic against peak memory would leave the sum of two products outside their kernel.
+        return shared_data_score > 0
+    # What reads a product joins its kernel or none: outside it the product is float16.
+    for dep in (*node1.read_writes.reads, *node2.read_writes.reads):
+        buffer = scheduler.name_to_buf.get(dep.name)
+        if buffer is not None and is_product(buffer.defining_op):
+            return False
+    return InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)
+
+
+def kernel_kind(features):
+    """Key of LAUNCH for a kernel of Inductor, or None."""
+    from torch._inductor.virtualized import V
+
+    n = str(features.reduction_numel)  # a number, or a symbol: the number of blocks
+    nodes = [getattr(node, "node", None) for node in features.scheduler_nodes()]
+    nodes = [node for node in nodes if hasattr(node, "get_reduction_type")]
+    if any(node.get_reduction_type() == "dot" for node in nodes):
+        reads = {r.name for node in features.scheduler_nodes() for r in node.read_writes.reads}
+        types = {V.graph.get_dtype(name) for name in reads}
+        if torch.uint8 in types:
+            return "packed"
+        # The window has R + 1 slots, a sum of odd length. Of a few rows one pass is shorter.
+        values = n.isdigit() and int(n) % 32 and torch.float32 not in types
+        return "window" if values and features.numel > 2**13 else "plain"
+    if not features.is_reduction() or n.isdigit() and int(n) > 512:
+        return None
+    return "softmax" if n.isdigit() else "blocks"
+
+
+def launches():
+    """Inductor's choices for attention: fixed launches, the fastest of those that were timed.
+
+    Without them, Inductor starts at tiles many times larger, which spill registers, and timing its
+    lists takes a minute a kernel.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen.triton import FixedTritonConfig
+
+    class Launches(InductorChoices):
+        can_fuse = staticmethod(products_may_fuse)
+
+        def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
+            launch = LAUNCH.get(kernel_kind(features))
+            if launch is None:
+                return kernel_kwargs
+            dims = {name.upper() + "BLOCK" for name in ("x", "y", "z", "r0_") if name in groups[0]}
+            fixed = {k: n for k, n in launch.items() if not k.endswith("BLOCK") or k in dims}
+            return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
+
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            kind = kernel_kind(features)
+            if kind is None:
+                ask = InductorChoices.should_use_persistent_reduction
+                return ask(features, cooperative_reduction)
+            return "R0_BLOCK" not in LAUNCH[kind]  # a softmax: one pass over the scores, not three
+
+        @staticmethod
+        def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
+            if reduction_numel <= 8192:  # a sum over the window would be cut into two kernels
+                return 1
+            ask = InductorChoices.reduction_split_factor
+            return ask(device, reduction_numel, numel, inner_reduction)
+
+        def uuid(self):
+            return f"kivi-6 {LAUNCH}"  # part of the key of the compile caches
+
+    return Launches()
+
+
+OPTIONS = {
+    "triton.native_matmul": True,
+    "triton.enable_pdl": True,  # a kernel starts while the one before ends: 5 of 42 us at B = 1
+    "inductor_choices_class": launches,
+    "max_fusion_size": 2048,  # with the three below, all planes share a kernel: one read of a byte
+    "realize_opcount_threshold": 10**5,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "shape_padding": False,
+    # Else a kernel comes right behind the one whose result it waits for: 28 us, not 23, at B = 1.
+    "reorder_for_peak_memory": False,
+    "loop_ordering_after_fusion": False,  # else sums of products stay outside the products' kernel
+}

@@ -1,0 +1,93 @@
+"""The parts of a decode step, plain and compiled: each is compiled once and serves every layer.
+
+Attention stays apart from the linear layers, because it has compiler options of its own. On CUDA a
+graph of the whole step joins the parts (generate.py), so the seams cost nothing.
+"""
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fused.attention import compiled_attention
+from fused.linear_launches import SMALL, compiled_weights
+from kivi import KiviCache, quantize_groups
+
+
+def start(model, tokens, pos):
+    """x [B, 1, dim] and the rotation of the tokens [B, 1] at pos [B]."""
+    return model.embed(tokens), *model.rope(pos[:, None])
+
+
+def before(layer, x, cos, sin, pos):
+    """What precedes attention: puts the token's K and V into the cache, returns q [B, H, 1, D]."""
+    q, k, v = layer.attention.qkv(layer.attention_norm(x), cos, sin)
+    cache = layer.cache
+    cache.write(k, v, pos)
+    if isinstance(cache, KiviCache) and (torch.compiler.is_compiling() or cache.evicts_value()):
+        cache.quantize_value(pos)  # compiled, always: it changes no row that is too short
+    return q
+
+
+def attend(cache, q, pos, t):
+    return cache.attention(q, pos, t)
+
+
+def between(layer, following, x, y, cos, sin, pos):
+    """From a layer's attention to the next one's query, so that a sum and a norm are one kernel."""
+    x = layer.after(x, y)
+    return x, before(following, x, cos, sin, pos)
+
+
+def last(layer, norm, head, x, y):
+    return head(norm(layer.after(x, y)[:, 0]))
+
+
+def flush(layer, pos):
+    layer.cache.quantize_keys(pos)
+
+
+@dataclass
+class Step:
+    """The functions of a decode step, plain or compiled."""
+
+    start: callable = start
+    before: callable = before
+    attend: callable = attend
+    between: callable = between
+    last: callable = last
+    flush: callable = flush
+
+
+def compiled_step(config, device):
+    """The same functions, compiled for `device`."""
+    cuda = torch.device(device).type == "cuda"
+    compiled = partial(torch.compile, fullgraph=True, options=SMALL if cuda else None)
+    linear = compiled
+    if cuda and config.weights is not None:
+        linear = partial(compiled_weights, joined=not config.parallel)
+    # Layers may have bits of their own, and each pair is a compilation.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return Step(
+        start=compiled(start),
+        before=linear(before),
+        attend=compiled_attention(device),
+        between=linear(between),
+        last=linear(last),
+        flush=compiled(flush),
+    )
+
+
+def compiled_quantizer():
+    """`kivi.quantize_groups`, compiled: one pass over a prompt's K or V instead of a dozen."""
+    compiled = torch.compile(quantize_groups, fullgraph=True)
+
+    def quantizer(x, keep, config, name):
+        B, Hk, _, G, D = x.shape
+        keep = keep.expand(B, Hk, -1, G, 1).reshape(1, 1, -1, G, 1)
+        x = x.reshape(1, 1, -1, G, D)
+        for tensor in (x, keep):  # one compilation for all lengths and batches
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        parts = compiled(x, keep, config, name)
+        return tuple(part.view(B, Hk, -1, *part.shape[3:]) for part in parts)
+
+    return quantizer

@@ -1,0 +1,185 @@
+"""The command line of generate.py."""
+import argparse
+import re
+import sys
+from pathlib import Path
+from traceback import format_exception
+
+import torch
+
+import generate
+from checkpoint.hub import resolve
+from checkpoint.text import chat_template
+from program.batch import answer_all
+from program.chat import Answer, Run, converse
+from program.memory import out_of_memory
+from program.parallel import join, leave, processes, rank
+from program.report import PROFILED, compile_if_it_pays, note, note_loading, tell
+
+EXAMPLES = """examples:
+  python generate.py                                                           English from tiny/
+  python generate.py --checkpoint smollm2-135m-instruct --chat --interactive   a conversation
+  python generate.py --checkpoint llama-2-7b --prompts file.jsonl --json       many prompts at once
+"""
+RANGES = {
+    "temperature": (0, 100),
+    "top_k": (1, 10**9),
+    "top_p": (0, 1),
+    "max_new_tokens": (1, 10**9),
+    "batch_size": (1, 10**6),
+    "memory_gb": (0, 10**6),
+}
+
+
+def main(argv=None):
+    try:
+        start(argv)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what was generated so far has been printed
+    except Exception as error:
+        line = explained(error)
+        if line is None:
+            raise
+        note()
+        stderr = sys.__stderr__ if rank() else sys.stderr
+        who = f"process {rank()}: " if rank() else ""
+        stderr.write(f"error: {who}{' '.join(line.split())}\n")  # at once: several may write
+        sys.exit(2)
+    finally:
+        leave()
+
+
+def explained(error):
+    """What to tell a user about an error; None for a mistake of the program.
+
+    When a run is killed while it compiles, the compiler's cache may keep half a file, over which
+    later runs stumble in many ways: in JSON, pickle, zlib, Triton, the C++ compiler, the linker.
+    """
+    compiler = re.search(r"torch[/\\]_inductor|triton[/\\](backends|compiler|runtime)",
+                         "".join(format_exception(error)))
+    if compiler and not out_of_memory(error):
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        reason = " ".join(str(error).splitlines()[:2])
+        return (f"the compiler failed ({type(error).__name__}: {reason}). A run that was killed "
+                f"may have left its cache broken: delete {cache_dir()} and try again, "
+                "or leave the compiler out with --no-compile")
+    return str(error) if isinstance(error, (ValueError, OSError)) or out_of_memory(error) else None
+
+
+def start(argv):
+    args = parser().parse_args(argv)
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must lie in {low} .. {high}, got {value}")
+    device = usable_device(args.device, args.interactive, args.dtype)
+    if args.profile:
+        check_profile(args.profile, args.prompts, args.interactive)
+    dtype = generate.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    prompt = read_prompt(args.prompt, args.prompt_file)
+    folder = resolve(args.checkpoint, args.revision)
+    render = chat_template(folder) if args.chat else None
+    model, tokenizer = generate.load(folder, device, dtype, weights=args.weights,
+                                     ranks=(rank(), processes()), progress=note_loading)
+    note()
+    options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
+    options = {name: value for name, value in options.items() if value is not None}
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    run = Run(model, tokenizer, render, args.kv, options, sampling, args.seed,
+              args.max_new_tokens, args.memory_gb, args.compile, args.json)
+    if args.prompts:
+        answer_all(run, args.prompts, args.batch_size)
+        return
+    ids = [] if args.interactive else run.encode(prompt)
+    steps = run.new_tokens(ids)
+    why = compile_if_it_pays(run, steps, len(ids) + steps, args.interactive)
+    if args.interactive:
+        tell(why)
+        converse(run)
+    else:
+        Answer(run, ids, "" if args.chat else prompt).give(why, args.profile)
+
+
+def usable_device(name, interactive, dtype):
+    """The device of that name, or this process's own. raises ValueError: it cannot be used"""
+    try:
+        device = torch.device(name)
+        if processes() > 1:
+            device = join(device, interactive, dtype)
+        torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def check_profile(file, prompts, interactive):
+    if prompts or interactive:
+        other = "prompts" if prompts else "interactive"
+        raise ValueError(f"--profile is for one prompt: leave out --{other}")
+    open(file, "ab").close()  # if it cannot be written, that is known before the weights are read
+
+
+def read_prompt(prompt, file):
+    if not file:
+        return "Once upon a time" if prompt is None else prompt
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+
+
+def batch_size(text):
+    return None if text == "auto" else int(text)
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description="Generate text with a low-bit KV cache (KIVI).", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("model").add_argument
+    add("--checkpoint", help="folder, hub id or short name (default: the embedded tiny/)")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
+    add("--weights", help="quantize the linear weights while loading: int8, int4 (groups of 32) "
+        "or int4:G with G = 32, 64 or 128")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=generate.DTYPES, help="default bfloat16 on cuda, float32 on cpu")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the decode step (default: on cuda, where it pays for the tokens asked for)")
+    add = p.add_argument_group("cache").add_argument
+    add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
+        "kivi2+, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    add("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
+    add("--residual", type=int, help="R, recent tokens in full precision (default 128)")
+    add("--sink", type=int, help="S, first tokens in full precision (default 0)")
+    group = p.add_argument_group("prompt")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", help='text to continue (default "Once upon a time")')
+    add("--prompt-file", help="file with the text to continue")
+    add("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt "
+        "and, optionally, max_new_tokens; unusable lines are named on stderr and skipped, the exit "
+        "status is 0 if any prompt ran")
+    add("--interactive", action="store_true", help="read prompts line by line until end of input; "
+        "each continues the text so far")
+    add = group.add_argument
+    add("--chat", action="store_true",
+        help="prompts are messages, put into the checkpoint's own chat template")
+    add("--batch-size", type=batch_size,
+        help="--prompts: rows that run together (default auto: as many as fit)")
+    add("--memory-gb", type=float,
+        help="GiB that weights, cache and activations may take (default: what is free)")
+    add = p.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, help="default 200, or what the context leaves")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--seed", type=int, default=0)
+    add = p.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="the last line of stdout is one JSON object; "
+        "with --prompts one for every prompt before it")
+    add("--profile", metavar="FILE", help=f"write a chrome trace of {PROFILED} decode steps")
+    return p

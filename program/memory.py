@@ -1,0 +1,197 @@
+"""What a run takes in memory, and what there is: a run that cannot fit is refused beforehand."""
+import re
+from collections import Counter
+from math import inf
+from pathlib import Path
+
+import torch
+
+from fused import linear
+from kivi import FullCache, KiviCache, slices
+from program.parallel import least_of_all
+
+SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round and fragment
+FLOAT = 4  # bytes of a float32, in which norms, rotations, softmax and quantization are computed
+LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
+MASKED = 512  # queries that share a mask, see `model.causal`
+BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
+# Bytes for each channel of a KV head that uncompiled code takes beside the cache.
+WRITTEN_OUT = 5.5  # a token: K or V of one layer in float32, and its codes
+FLUSHED = 28  # a token of a group of keys: float32 copies of it, while it is quantized
+
+
+def weight_bytes(model):
+    buffers = [buffer for name, buffer in model.named_buffers() if ".cache." not in name]
+    return sum(weight.nbytes for weight in [*model.parameters(), *buffers])
+
+
+def cache_bytes(model):
+    """Bytes of the caches that are set up."""
+    return sum(layer.cache.nbytes for layer in model.layers if layer.cache)
+
+
+def cache_parts(model, batch, max_len, kv="kivi2", **options):
+    """Bytes of the caches of a model: codes, metadata, window. Full precision counts as codes."""
+    c, dtype = model.config, model.embed.weight.dtype
+    shape = batch, c.n_kv_heads, max_len, c.head_dim
+    parts = {"codes": 0, "metadata": 0, "window": 0}
+    for config, n_layers in Counter(model.kv_configs(kv, **options)).items():
+        if config is None:
+            layer = {"codes": sum(FullCache.sizes(*shape, dtype=dtype).values())}
+        else:
+            layer = KiviCache.sizes(*shape, dtype=dtype, **vars(config))
+        for name, n_bytes in layer.items():
+            parts["window" if name == "positions" else name] += n_layers * n_bytes
+    return parts
+
+
+def traffic_of(cache, length):
+    """Bytes of one layer's cache that attention must read for a row of `length` tokens."""
+    D = cache.head_dim
+    seen = min(length, cache.sliding or length)
+    if isinstance(cache, FullCache):
+        return 2 * cache.n_kv_heads * seen * D * cache.dtype.itemsize
+    c = cache.config
+    metadata = D // c.group_size * 2 * cache.k_scale.itemsize  # of a token
+    total = 0
+    for bits, newest in (c.k_bits, (length - 1) % c.residual), (c.v_bits, c.residual):
+        exact = min(seen, newest + 1 + c.sink)
+        total += exact * D * cache.dtype.itemsize + (seen - exact) * (D * bits // 8 + metadata)
+    return cache.n_kv_heads * total
+
+
+def needs(model, batch, prompt, max_len, kv="kivi2", **options):
+    """Bytes of a run by part, from shapes alone: weights, codes, metadata, window, activations.
+
+    prompt   tokens of the longest prompt
+    max_len  capacity of the caches; kv, options as in `Transformer.setup_caches`
+
+    The parts of the caches equal the allocation. Activations estimate what a prefill or a decode
+    step allocates beside weights and caches, whichever is more: nearly all of it on a CPU, on an
+    H200 runs took up to 0.5 GB more.
+    """
+    c = model.config
+    weight = model.embed.weight
+    config = model.kv_configs(kv, **options)[0]
+    activations = max(_prefill_bytes(model, batch, prompt, config),
+                      _decode_bytes(model, batch, max_len, config))
+    # Logits, and sampling in float32 and int64.
+    activations += batch * c.vocab_size * (2 * weight.itemsize + 12)
+    if c.weights:  # quantized, and written out a chunk at a time
+        widest = c.dim * max(2 * c.hidden_dim, c.vocab_size)
+        activations += min(linear.CHUNK, widest) * (2 * weight.itemsize + FLOAT)
+    if weight.is_cuda:
+        activations += LIBRARIES
+    caches = cache_parts(model, batch, max_len, kv, **options)
+    return {"weights": weight_bytes(model), **caches, "activations": int(activations)}
+
+
+def _prefill_bytes(model, batch, prompt, config):
+    """Upper bound of what a prefill allocates, without logits: see `Block.prefill`."""
+    c, weight = model.config, model.embed.weight
+    item = weight.itemsize
+    queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    rows, chunk = model.groups(prompt)
+    rows, chunk = min(rows, batch), min(chunk, prompt)
+    # Bytes a token of a chunk: x and its norm, q, k, v, the result of attention, and beside them
+    # gate, up, silu and product, or a rotation in float32, or a norm in float32.
+    held = 2 * (c.dim + queries + keys) * item
+    widest = max(4 * c.hidden_dim * item, 3 * FLOAT * max(queries, keys), 2 * FLOAT * c.dim)
+    mask = MASKED * prompt * (1 + item) if chunk < prompt and not weight.is_cuda else 0
+    stack = 1 if config is None else 4 * config.group_size
+    first, end = slices(prompt, rows * keys, stack)[0]
+    fill = rows * (end - first) * keys * (item + 4 * FLOAT)
+    # All along: x, the layer's K and V; cos and sin.
+    kept = prompt * (rows * (c.dim + 2 * keys) * item + 2 * FLOAT * c.head_dim)
+    return kept + max(rows * chunk * (held + widest) + mask, fill)
+
+
+def _decode_bytes(model, batch, max_len, config):
+    """The same for one decode step at full length."""
+    c = model.config
+    row = (4 * c.hidden_dim + 8 * c.dim) * FLOAT
+    if config is None:
+        return batch * (row + 16 * max_len)  # the mask
+    # Scores and their softmax, in float32 and in the type of the product; partial results.
+    row += c.n_heads * max_len * 4 * FLOAT
+    row += c.n_heads * c.head_dim * 2 * FLOAT * (max_len // BLOCK + 1)
+    if not model.compiled:
+        written_out = max(WRITTEN_OUT * max_len, FLUSHED * config.group_size)
+        row += c.n_kv_heads * c.head_dim * written_out
+    return batch * row
+
+
+def free_bytes(device):
+    """Bytes that this process can still allocate; inf where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.exists() else None
+    return int(found[1]) * 1024 if found else inf
+
+
+def size(n_bytes):
+    gib = n_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.2f} MiB"
+
+
+def largest(high, fits):
+    """The largest n of 0 .. high with fits(n), where fits is true up to some n and false beyond."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+class Budget:
+    """Do caches for prompts of up to `prompt` tokens fit? `run` is a program.chat.Run."""
+
+    def __init__(self, run, prompt):
+        self.run = run
+        self.prompt = prompt
+        device = run.model.embed.weight.device
+        # The weights are loaded already, and the caches of an answer before will be replaced.
+        free = free_bytes(device) + weight_bytes(run.model) + cache_bytes(run.model)
+        self.free = least_of_all(free, device)  # all processes must choose the same batch
+        if run.memory_gb is not None:
+            self.free = min(self.free, run.memory_gb * 2**30)
+
+    def parts(self, batch, capacity):
+        """What `needs` says, and the total, for rows of up to `capacity` tokens at their end."""
+        run, prompt = self.run, min(self.prompt, capacity)
+        parts = needs(run.model, batch, prompt, capacity, run.kv, **run.options)
+        return parts | {"total": sum(parts.values())}
+
+    def fits(self, batch, capacity, share=1.0):
+        return self.parts(batch, capacity)["total"] <= share * self.free
+
+    def largest_batch(self, most, capacity):
+        """Rows to run at once, 1 .. most, where the user does not say how many."""
+        return max(1, largest(most, lambda batch: self.fits(batch, capacity, SAFE)))
+
+    def check(self, batch, capacity):
+        """Raises ValueError where this does not fit, which names what does."""
+        if self.fits(batch, capacity):
+            return
+        rows = largest(batch, lambda n: self.fits(n, capacity))
+        tokens = largest(capacity, lambda n: self.fits(1, n))
+        best = f"{tokens} tokens fit, prompt included" if tokens else (
+            "not even the weights and one token fit")
+        best = f"a batch of {rows} fits" if rows else best
+        total = size(self.parts(batch, capacity)["total"])
+        raise ValueError(f"a batch of {batch} with {capacity} tokens a row needs {total}, "
+                         f"{size(self.free)} are free: {best}")
+
+    def table(self, batch, capacity):
+        """The parts as lines of text."""
+        parts = self.parts(batch, capacity) | {"free": self.free}
+        names = {"codes": "K and V" if self.run.kv == "bf16" else "packed codes"}
+        lines = [f"  {names.get(name, name):12} {size(n):>12}" for name, n in parts.items()]
+        return "\n".join([*lines, f"batch {batch}, {capacity} tokens a row"])
+
+
+def out_of_memory(error):
+    said = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -1,0 +1,205 @@
+"""What the program says about a run beside its text: progress, statistics, a profile."""
+import sys
+
+import torch
+
+from program.memory import cache_bytes, cache_parts, largest, traffic_of, weight_bytes
+from program.parallel import processes, rank
+
+BANDWIDTH = {  # name of a device -> GB/s of its memory, as its data sheet says
+    "NVIDIA B200": 8000, "NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350,
+    "NVIDIA H100 NVL": 3900, "NVIDIA H100 PCIe": 2000, "NVIDIA A100-SXM4-80GB": 2039,
+    "NVIDIA A100 80GB PCIe": 1935, "NVIDIA A100-SXM4-40GB": 1555, "NVIDIA A100-PCIE-40GB": 1555,
+    "NVIDIA L40S": 864, "NVIDIA L4": 300, "NVIDIA A10G": 600, "Tesla V100-SXM2-16GB": 900,
+    "Tesla T4": 320, "NVIDIA GeForce RTX 5090": 1792, "NVIDIA GeForce RTX 4090": 1008,
+    "NVIDIA GeForce RTX 3090": 936,
+}
+COMPILE_TAKES = {"cuda": 37, "cpu": 40}  # seconds with empty caches, at any depth of the model
+# Seconds that a compiled step on CUDA saves: for the many small kernels of a layer, and for each
+# element of its K and V, which an uncompiled one writes out in full precision.
+SAVED_A_LAYER = 2.5e-4
+SAVED_AN_ELEMENT = 1e-11
+PROFILED = 10  # decode steps of a profile
+WAIT = 4  # new tokens before them: compilation, the profiler's own start
+
+
+def tell(text):
+    if text:
+        print(text, file=sys.stderr)
+
+
+def note(text=""):
+    """Shows what takes long in the last line of a terminal, until the next note."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def note_loading(share):
+    note(f"loading the weights: {share:.0%}")
+
+
+def note_compiling(begins):
+    note("compiling the decode step ..." if begins else "")
+
+
+def compile_if_it_pays(run, steps, tokens, interactive=False, prefill=False):
+    """Compiles the model where the user says so, or on CUDA where the decode steps pay for it.
+
+    steps   decode steps asked for; tokens: in all rows of the caches at their end
+    returns a line on what was chosen and why; None where the user chose, and on a CPU (there the
+            statistics say it)
+    """
+    model, takes = run.model, COMPILE_TAKES["cuda"]
+    if run.compile is not None or not model.embed.weight.is_cuda:
+        if run.compile:
+            model.compile(prefill=prefill)
+        return None
+    c = model.config
+    elements = 2 * tokens * c.n_kv_heads * c.head_dim
+    saves = steps * c.n_layers * (SAVED_A_LAYER + SAVED_AN_ELEMENT * elements)
+    if interactive:
+        reason = "a conversation pays for it"
+    elif processes() > 1:
+        reason = "several processes need it"
+    elif saves >= takes:
+        reason = f"it saves about {saves:.0f} s in {steps} steps"
+    else:
+        return (f"not compiling the decode step: that takes about {takes} s and saves about "
+                f"{saves:.1f} s in {steps} steps (--compile does it)")
+    model.compile(prefill=prefill)
+    return f"compiling the decode step, about {takes} s: {reason} (--no-compile leaves it out)"
+
+
+def peak_bytes(device):
+    """Peak memory so far: of CUDA's allocator, or of the process; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def traffic(model, rows):
+    """Bytes that decoding must read: weights in every step, each row's cache at its middle length.
+
+    rows  [(tokens before the first step, steps)]
+    """
+    # Of an embedding that is not the head, one row is read.
+    unread = 0 if model.config.tied else model.embed.weight.nbytes
+    total = (weight_bytes(model) - unread) * max(steps for _, steps in rows)
+    for before, steps in rows:
+        length = before + 1 + steps // 2
+        total += steps * sum(traffic_of(layer.cache, length) for layer in model.layers)
+    return total
+
+
+def speeds(result, moved, compile_s, device):
+    """What the statistics say about speed; None: nothing was decoded, or the device is unknown."""
+    rate = moved / result["decode_s"] / 1e9 if result["tokens_per_s"] else None
+    peak = BANDWIDTH.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    prefill_s = result["prefill_s"]
+    return {
+        "compile_s": compile_s,
+        "prefill_tokens_per_s": result["prompt_tokens"] / prefill_s if prefill_s else None,
+        "decode_gb_per_s": rate,
+        "roofline": rate / peak if rate and peak else None,
+    }
+
+
+def statistics(run, shape, tokens, times, decoded, moved):
+    """The numbers of a run, as its JSON object holds them.
+
+    shape    batch and capacity of the caches
+    tokens   of the prompts, and new ones
+    times    prefill_s, decode_s and compile_s
+    decoded  tokens of the decode steps in decode_s; moved: bytes that they read
+    """
+    device = run.model.embed.weight.device
+    result = {
+        "prompt_tokens": tokens[0],
+        "new_tokens": tokens[1],
+        "prefill_s": times["prefill_s"],
+        "decode_s": times["decode_s"],
+        "tokens_per_s": decoded / times["decode_s"] if decoded else None,
+        "kv": run.kv,
+        "kv_bytes": cache_bytes(run.model),
+        "kv_bytes_full": sum(cache_parts(run.model, *shape, "bf16").values()),
+        "peak_bytes": peak_bytes(device),
+    }
+    return result | speeds(result, moved, times["compile_s"], device)
+
+
+def pays_from(run):
+    """The length from which a cache of that capacity is smaller than its tokens are exactly."""
+    c, itemsize = run.model.config, run.model.embed.weight.dtype.itemsize
+    exact = 2 * c.n_layers * c.n_kv_heads * c.head_dim * itemsize  # bytes of a token
+
+    def saves_nothing(n_tokens):
+        parts = cache_parts(run.model, 1, n_tokens, run.kv, **run.options)
+        return sum(parts.values()) >= n_tokens * exact
+
+    return largest(2**20, saves_nothing) + 1
+
+
+def remarks(run, length):
+    """What explains the statistics of a run whose longest row reached `length` tokens."""
+    text = ""
+    config = run.model.kv_configs(run.kv, **run.options)[0]
+    if config and (length - 1) // config.residual * config.residual <= config.sink:
+        text += "; all tokens still lie in the exact window"
+        text += f": {config.v_bits} bits pay from about {pays_from(run)} tokens"
+    if not run.model.compiled and run.compile is None:
+        seconds = COMPILE_TAKES["cuda" if run.model.embed.weight.is_cuda else "cpu"]
+        text += f"; steps ran uncompiled, which is slower: --compile first takes about {seconds} s"
+    return text
+
+
+def format_stats(result, cache, compiled=True):
+    """The statistics as one line. `cache` names the cache's kind."""
+    line = f"{result['prompt_tokens']} prompt tokens in {result['prefill_s']:.2f} s"
+    if result["prefill_tokens_per_s"]:
+        line += f" ({result['prefill_tokens_per_s']:.0f} tokens/s)"
+    line += f", {result['new_tokens']} new tokens"
+    if result["tokens_per_s"]:
+        line += (f" in {result['decode_s']:.2f} s: {result['tokens_per_s']:.1f} tokens/s, "
+                 f"{result['decode_gb_per_s']:.1f} GB/s")
+    if result["roofline"]:
+        line += f" ({result['roofline']:.0%} of the memory's)"
+    if result["compile_s"]:
+        done = "compiling" if compiled else "capturing CUDA graphs"
+        line += f", after {done} for {result['compile_s']:.1f} s"
+    line += (f"; {cache} cache {result['kv_bytes'] / 2**20:.2f} MiB "
+             f"(full precision {result['kv_bytes_full'] / 2**20:.2f} MiB)")
+    if result["peak_bytes"]:
+        line += f", peak memory {result['peak_bytes'] / 2**20:.0f} MiB"
+    return line
+
+
+def profile(file, new_tokens):
+    """A profiler that writes a chrome trace of PROFILED decode steps to `file`.
+
+    Its `step` is called with every new token. raises ValueError: so many are not asked for
+    """
+    if new_tokens < WAIT + PROFILED:
+        raise ValueError(f"--profile needs {WAIT + PROFILED} new tokens, this run makes "
+                         f"{new_tokens}: raise --max-new-tokens or shorten the prompt")
+
+    def write(profiler):
+        if rank() == 0:  # one file, not one a process
+            profiler.export_chrome_trace(str(file))
+
+    schedule = torch.profiler.schedule(wait=WAIT - 2, warmup=1, active=PROFILED, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+
+
+def tell_profiled(file, new_tokens):
+    """Tells how many steps are in the profile of a text. raises ValueError: none"""
+    steps = min(PROFILED, new_tokens - WAIT + 1)
+    if steps < 1:
+        raise ValueError(f"the text ended after {new_tokens} tokens, before the steps that "
+                         "--profile records: try another --prompt or --seed")
+    tell(f"{steps} decode steps are in {file} (https://ui.perfetto.dev opens it); "
+         "the times below count the profiler's own")
