@@ -137,16 +137,6 @@ def copy_bandwidth(results, device):
     return bandwidth
 
 
-def matmul_speed(results, device):
-    """Floating-point operations a second of a large product in bfloat16: the other ceiling."""
-    n = 8192 if device.type == "cuda" else 512
-    x = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    speed = 2 * n**3 / clock_calls([lambda: x @ x], device, 10)
-    results.data["matmul_TFLOP/s"] = speed / 1e12
-    say(f"matrix product {speed / 1e12:.0f} TFLOP/s")
-    return speed
-
-
 def peak_memory(device):
     """Peaks of this process on the device as a row notes them; nothing on a CPU."""
     if device.type != "cuda":

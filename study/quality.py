@@ -14,7 +14,6 @@ import torch
 from checkpoint.hub import EMBEDDED
 from generate import DTYPES, load
 from kivi import FullCache, KiviCache
-from study import plots
 from study.measure import print_table, say
 from study.models import at_length
 from study.prompts import DEPTHS, TASKS, hide, text_rows
@@ -47,11 +46,10 @@ def add_arguments(add):
     add("--seed", type=int, default=0, help="of the retrieval prompts")
     add("--study", action="store_true",
         help="also simulate the paper's variants and the ideas beyond it")
-    add("--plot", metavar="DIR", help="draw the results (needs matplotlib)")
 
 
 def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tokens, prefill,
-            lengths, trials, tasks, seed, study, plot):
+            lengths, trials, tasks, seed, study):
     """perplexity, KL and retrieval through the cache; --study: the long table"""
     model, tokenizer = load(checkpoint, device, DTYPES[dtype], weights=weights)
     text = Path(text).read_text(encoding="utf-8")
@@ -94,8 +92,6 @@ def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tok
         [f"{row['cache']} | {row['bits']:.2f} | {row['bits_whole']:.2f} | {row['perplexity']:.3f} "
          f"| {row['kl']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.3f}"
          + "".join(f" | {found(row, *column)}" for column in columns) for row in results.rows()])
-    if plot:
-        plots.draw_quality(results.rows(), plot)
 
 
 def retrieve(model, caches, rows, cases, task, length):

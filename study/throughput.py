@@ -14,8 +14,7 @@ import torch
 
 from generate import Decoder
 from kivi import KiviCache
-from study import plots
-from study.measure import clock, copy_bandwidth, matmul_speed, peak_memory, print_table, say
+from study.measure import clock, copy_bandwidth, peak_memory, print_table, say
 from study.models import (
     REQUESTS, add_load_arguments, clear, compile_step, largest_batch, limit_memory, model_config,
     random_caches, random_model, run_bytes, step_bytes, step_seconds,
@@ -26,13 +25,11 @@ def add_arguments(add):
     add_load_arguments(add)
     add("--batches", nargs="+", type=int, help="these instead of the largest")
     add("--curve", action="store_true", help="also powers of four below the largest batch")
-    add("--plot", metavar="PREFIX", help="write PREFIX-model-prompt.png (needs matplotlib)")
 
 
-def throughput(results, device, models, caches, layers, loads, budget_gb, batches, curve, plot):
+def throughput(results, device, models, caches, layers, loads, budget_gb, batches, curve):
     """tokens/s against the batch within --budget-gb, random weights (CUDA, or --models tiny)"""
     copy_bandwidth(results, device)
-    matmul_speed(results, device)
     limit_memory(results, device, budget_gb)
     for name in models:
         clear(device)
@@ -47,8 +44,6 @@ def throughput(results, device, models, caches, layers, loads, budget_gb, batche
     rows = [row for row in results.rows() if "failed" not in row]
     print_rows(rows)
     print_ratios(results, rows)
-    if plot:
-        plots.draw_batches(rows, plot)
 
 
 def add_row(results, model, name, load, label, batch, largest):
@@ -59,11 +54,7 @@ def add_row(results, model, name, load, label, batch, largest):
     if "failed" not in row:
         weights, kv = step_bytes(model, batch, load.prompt + load.output // 2)
         bandwidth = results.data["copy_GB/s"] * 1e6  # bytes a millisecond
-        row["roofline_ms"] = {
-            "weights": weights / bandwidth,
-            "matmul": weights * batch / results.data["matmul_TFLOP/s"] / 1e9,  # 2 of 2 bytes
-            "kv": kv / bandwidth,
-        }
+        row["roofline_ms"] = {"weights": weights / bandwidth, "kv": kv / bandwidth}
     results.add(row)
     say(f"  {name} {load.prompt}/{load.output} {label} B={batch}: {row.get('failed') or told(row)}")
     if "failed" in row and largest and batch > 1:
@@ -135,7 +126,7 @@ def peak(row):
 def print_rows(rows):
     print_table(
         "model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | "
-        "prefill, s | step, ms | roofline, ms: weights, products, KV",
+        "prefill, s | step, ms | roofline, ms: weights, KV",
         [f"{row['model']} | {row['prompt']}/{row['output']} | {row['cache']} | "
          f"{row['batch']}{' (largest)' if row['largest'] else ''} | {row['tokens_per_s']:.1f} | "
          f"{row['decode_tokens_per_s']:.1f} | {peak(row) / 1e9:.2f} | {row['prefill_s']:.2f} | "

@@ -313,3 +313,105 @@ def save(w, out):
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
+def start(out, seed, device):
+    """Weights, optimizer and state, new or those of the broken run in the folder."""
+    torch.manual_seed(seed)
+    w = {name: p.to(device).requires_grad_() for name, p in initial_weights().items()}
+    groups = [
+        {"params": [p for p in w.values() if p.dim() == 1], "weight_decay": 0},
+        {"params": [p for p in w.values() if p.dim() == 2], "weight_decay": 0.1},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    state = {"step": 0, "seconds": 0.0, "log": []}
+    if (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        for name, p in w.items():
+            p.data = saved["weights"][name]
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    return w, optimizer, state
+
+
+def store(out, w, optimizer, state):
+    """Writes what `start` reads, and never half of it."""
+    weights = {name: p.detach() for name, p in w.items()}
+    saved = {"weights": weights, "optimizer": optimizer.state_dict(), "state": state}
+    torch.save(saved, out / "state.tmp")
+    (out / "state.tmp").replace(out / "state.pt")
+
+
+def note(state, report):
+    print(report, flush=True)
+    state["log"].append(report)
+
+
+def update(w, optimizer, x, rate):
+    """One step on the rows x at a learning rate: the loss."""
+    loss = mean_loss(w, x)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def train(out, minutes, seed, batch):
+    """Trains for some minutes, in steps of `batch` tokens."""
+    begin = time.perf_counter()
+    data = load_file(out / "tokens.safetensors")
+    tok = Tokenizer.from_file(str(out / "tokenizer.json"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    w, optimizer, state = start(out, seed, device)
+    begin -= state["seconds"]
+    run_seed = seed + state["step"]  # a resumed run draws other rows, other dropout
+    torch.manual_seed(run_seed)
+    batches = {}
+    for length in (SHORT, LONG):
+        rows = Rows(data["train"], tok, length + 1, run_seed, batch // length)
+        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=WORKERS,
+                                             pin_memory=device == "cuda")
+        batches[length] = iter(loader)
+    printed_step, printed = state["step"], state["seconds"]
+    stored = state["seconds"]
+    while (progress := state["seconds"] / 60 / minutes) < 1:
+        length = LONG if progress > 0.6 and state["step"] % 4 else SHORT
+        x = next(batches[length]).to(device, torch.long, non_blocking=True)  # [B, length + 1]
+        state["step"] += 1
+        rate = LEARNING_RATE * min(1, state["step"] / WARM_UP) * (1 - progress)
+        loss = update(w, optimizer, x, rate)
+        seconds = state["seconds"] = time.perf_counter() - begin
+        if seconds - printed > 10:
+            speed = (state["step"] - printed_step) * batch / (seconds - printed)
+            printed_step, printed = state["step"], seconds
+            note(state, {"step": state["step"], "length": length, "loss": round(loss.item(), 4),
+                         "tokens_per_s": round(speed), "left_s": round(60 * minutes - seconds)})
+        if seconds - stored > 60:
+            stored = seconds
+            save(w, out)
+            store(out, w, optimizer, state)
+            model, _ = generate.load(out, device)
+            note(state, evaluate(model, tok, data, seed, trials=8, rows=64))
+    save(w, out)
+    return state
+
+
+def finish(out, seed, state):
+    """Measures the model as it is shipped, and writes log.json."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="trains the model of tiny/")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="the folder that prepare.py wrote; gets the model as well")
+    parser.add_argument("--minutes", type=float, default=7,
+                        help="duration of the training, without the last evaluation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=131072, help="tokens of a step")
+    train(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
