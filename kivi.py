@@ -1,39 +1,39 @@
 """KIVI: a KV cache in 2 bits (arXiv 2402.02750), with attention over it in plain PyTorch.
 
 Keys have a few large channels, so they are quantized per channel: a group is G consecutive tokens
-of one channel. Values have none, so they are quantized per token: a group is G consecutive
-channels of one token. The newest tokens stay in full precision, in a window.
+of one channel. Values have no such channels, so they are quantized per token: a group is G
+consecutive channels of one token. The newest tokens stay in full precision, in a window.
 
-Schedule. When a row has reached length T, however its tokens came, these are quantized:
+Schedule. At length T these tokens of a row have codes, whether they came by prefill or by append:
 
-    K   tokens 0 .. T - T % R - 1     a block of R at a time, when T becomes a multiple of R
-    V   tokens 0 .. T - R - 1         one token a step, as soon as T exceeds R
+    K   0 .. T - T % R - 1     R keys at once, a *key block*, when T becomes a multiple of R
+    V   0 .. T - R - 1         one value a step, as soon as T exceeds R
 
-In the official code a step attends first and quantizes then. So attention at length T reads K
-exactly from token (T - 1) // R * R on, and V exactly for the last R + 1 tokens: R, and the one that
-this step quantizes. The window is a ring of R + 1 slots, which still holds what the step quantizes,
-so here the order does not matter. S sink tokens, the first of a row, have slots of their own.
+The official code attends first and quantizes then. So at length T attention still reads exactly: K
+from token (T - 1) // R * R on, and V of the last R + 1 tokens. Hence the window is a ring of R + 1
+slots: a new token does not overwrite the one that its step quantizes, and the order does not matter
+here. S sink tokens, the first of a row, have slots of their own and are always read from there.
 
 Packing. A byte holds P = 8 / bits codes, of tokens that lie G apart. P groups of G tokens that
-share bytes are a *stack*:
+share bytes are a *stack*. Of one row and KV head:
 
-    k_packed [B, Hk, stacks, G, D]    byte [j, i, d]: channel d of the tokens (j P + a) G + i,
-                                      a = 0 .. P - 1, each in the bits from a * bits on
-    v_packed [B, Hk, stacks, D, G]    byte [j, d, i]: the same, transposed
+    k_packed [stacks, G, D]    byte [j, i, d]: channel d of the tokens (j P + a) G + i,
+                               a = 0 .. P - 1, each in the bits from a * bits on
+    v_packed [stacks, D, G]    byte [j, d, i]: the same, transposed
 
-With 2 bits and G = 32, byte [0, 0, 0] holds channel 0 of tokens 0 (in its lowest bits), 32, 64 and
-96; byte [0, 1, 0] that of tokens 1, 33, 65 and 97; byte [1, 0, 0] that of 128, 160, 192 and 224.
-Field a of all bytes of a stack is one group of tokens: one scale and one zero for each channel.
+With 2 bits and G = 32, byte [0, 0, 0] holds channel 0 of tokens 0, 32, 64 and 96, in bits 0-1, 2-3,
+4-5 and 6-7; byte [0, 1, 0] that of tokens 1, 33, 65 and 97; byte [1, 0, 0] of 128, 160, 192, 224.
+Field a of all bytes of a stack is one group of tokens. K has a scale and a zero for each of its
+channels, V for each of its tokens and G channels. Attention reads x = code * scale + zero.
 
-`fused/attention.py` computes the same from the same buffers, as fast as the hardware allows.
+B rows, Hk KV heads, D channels, M query heads a KV head. `fused/attention.py` computes the same.
 """
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quantize import PRESETS, KVConfig, group_codes, planes, quantize_groups, round_up, value_codes
-
-FILL = 2**24  # elements of K that `fill` quantizes at once: its temporaries are several times that
+from quantize import PRESETS, KVConfig, group_codes, planes  # noqa: F401  (PRESETS: to be at hand)
+from quantize import quantize_groups, round_up, slices, value_codes
 
 
 class Cache(nn.Module):
@@ -45,22 +45,25 @@ class Cache(nn.Module):
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device):
         super().__init__()
-        if batch < 1 or max_len < 1 or sliding is not None and sliding < 1:
-            raise ValueError(f"batch {batch}, max_len {max_len} and sliding {sliding} must be >= 1")
+        if min(batch, n_kv_heads, max_len, head_dim, 1 if sliding is None else sliding) < 1:
+            raise ValueError(f"batch {batch}, n_kv_heads {n_kv_heads}, max_len {max_len}, head_dim "
+                             f"{head_dim} and sliding {sliding} must be at least 1")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
         self.batch, self.n_kv_heads, self.head_dim = batch, n_kv_heads, head_dim
         self.max_len, self.block, self.sliding = max_len, block, sliding
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch  # tokens in each row, as the host counts them
-        self.add("pos", (batch,), torch.int64)  # the same on the device
+        self.add("pos", (batch,), torch.int64)  # the same on the device: the next token's number
         self.add("index", (round_up(max_len, block),), torch.int64)
         torch.arange(len(self.index), out=self.index)
 
     def add(self, name, shape, dtype, spare=0):
         """A buffer of zeros, whose address never changes, so that a CUDA graph may be replayed.
 
-        Attention reads whole blocks. The last may end behind its row, in the next one or in `spare`
-        entries behind the buffer; what is there is masked. The 128 unused bytes behind every head
-        keep a full cache from looking like one piece, which would be another case to compile.
+        Fused kernels read whole blocks of tokens. The last may end behind a head's entries, in the
+        next head or in the `spare` entries at the end; what is there is masked. 128 unused bytes
+        behind every head keep all slices from being contiguous: a compiler meets one case only.
         """
         strides = list(torch.empty(shape, device="meta").stride())
         if len(shape) > 3:
@@ -82,7 +85,7 @@ class Cache(nn.Module):
         return parts
 
     def _apply(self, fn, recurse=True):
-        raise RuntimeError("a cache cannot be moved or cast: make one of that device and dtype")
+        raise RuntimeError("a cache cannot be moved or cast: make another of that device and dtype")
 
     @property
     def length(self):
@@ -96,7 +99,7 @@ class Cache(nn.Module):
 
     def reset(self):
         """Empties the cache and leaves no trace of the old contents."""
-        self.lengths[:] = [0] * self.batch  # in place: the layers of a model share one list
+        self.lengths[:] = [0] * self.batch  # in place: the layers of a model share the list
         for name, buffer in self.named_buffers():
             if name != "index":
                 buffer.zero_()
@@ -104,6 +107,8 @@ class Cache(nn.Module):
     def check(self, n_tokens, **tensors):
         """Raises ValueError unless every tensor is [B, heads, n_tokens, D] as this cache has it."""
         B, Hk, D, device = self.batch, self.n_kv_heads, self.head_dim, self.pos.device
+        if "q" in tensors and not self.length:
+            raise ValueError("attend needs a token in the cache: call prefill or append first")
         for name, x in tensors.items():
             heads = x.shape[1] if x.dim() == 4 else 0
             fits = heads and heads % Hk == 0 if name == "q" else heads == Hk
@@ -116,8 +121,8 @@ class Cache(nn.Module):
     def check_finite(self, tokens, **tensors):
         """Raises ValueError if a number among these `tokens` of a tensor cannot be stored."""
         for name, x in tensors.items():
-            stored = x if self.dtype == torch.float32 else x.half()  # as scales and zeros are
-            if not torch.isfinite(stored.transpose(1, 2)[tokens]).all():
+            x = 2 * x if self.dtype == torch.float32 else x.half()  # ranges, and scales as stored
+            if not torch.isfinite(x.transpose(1, 2)[tokens]).all():
                 raise ValueError(f"{name} holds NaN, inf or numbers too large for the cache")
 
     def prefill(self, k, v, lengths=None):
@@ -131,22 +136,22 @@ class Cache(nn.Module):
                              "call reset() first")
         L = k.shape[2] if k.dim() == 4 else 1
         self.check(L, k=k, v=v)
-        lengths = [L] * self.batch if lengths is None else [int(n) for n in lengths]
-        if len(lengths) != self.batch or not all(1 <= n <= L for n in lengths):
+        lengths = [L] * self.batch if lengths is None else list(lengths)
+        if len(lengths) != self.batch or not all(n in range(1, L + 1) for n in lengths):
             raise ValueError(f"lengths must be {self.batch} numbers in 1 .. {L}, got {lengths}")
         if max(lengths) > self.max_len:
-            raise ValueError(f"{max(lengths)} tokens exceed the cache's capacity of {self.max_len}")
+            raise ValueError(f"{max(lengths)} tokens exceed the cache's max_len of {self.max_len}")
         ends = torch.tensor(lengths, device=self.pos.device)
         self.check_finite(torch.arange(L, device=ends.device) < ends[:, None], k=k, v=v)
         self.fill(k, v, ends)
         self.pos.copy_(ends)
-        self.lengths[:] = lengths
+        self.lengths[:] = map(int, lengths)
 
     def append(self, k, v):
         """Appends one token to every row: k, v [B, Hk, 1, D].
 
-        raises ValueError: wrong shape, dtype or device; a row is full; NaN or inf (on a CPU;
-               elsewhere the question would wait for the device)
+        raises ValueError: wrong shape, dtype or device; a row is full; NaN or inf (on a CPU only:
+               elsewhere the check would wait for the device, and NaN spreads in its row)
         """
         self.check(1, k=k, v=v)
         if self.pos.device.type == "cpu":
@@ -160,13 +165,13 @@ class Cache(nn.Module):
         self.pos += 1
 
     def advance(self):
-        """The host's share of a step: counts the token, and refuses it when a row is full."""
+        """The host's share of a step, once for all layers: counts the token, refuses a full row."""
         if self.length >= self.max_len:
-            raise ValueError(f"the cache is full: its capacity is {self.max_len} tokens a row")
+            raise ValueError(f"the cache is full: it holds max_len, {self.max_len} tokens a row")
         self.lengths[:] = [n + 1 for n in self.lengths]
 
     def park(self, row):
-        """Starts a finished row over at token 0, so that it goes on beside the others for free."""
+        """Lets a finished row go on beside the others, from token 0; its results mean nothing."""
         self.pos[row] = 0
         self.lengths[row] = 0
 
@@ -177,8 +182,6 @@ class Cache(nn.Module):
         raises ValueError: wrong shape, dtype or device; an empty cache
         """
         self.check(1, q=q)
-        if not self.length:
-            raise ValueError("attend needs a token in the cache: call prefill or append first")
         return self.attention(q, self.pos - 1, self.tokens(self.length))
 
     def tokens(self, length):
@@ -198,7 +201,7 @@ class Cache(nn.Module):
         self.v_window[row, :, slot] = v[:, :, 0]
 
     def evicts_value(self):
-        return False  # nothing of full precision ever gets codes
+        return False  # a full-precision cache quantizes nothing
 
     def completes_key_block(self):
         return False
@@ -237,10 +240,11 @@ class FullCache(Cache):
 
 
 class KiviCache(Cache):
-    """One layer's KIVI cache. Buffers are allocated once, and nothing is quantized twice.
+    """One layer's KIVI cache. Buffers are allocated once, and each token is quantized once.
 
-    batch, n_kv_heads, max_len (most tokens of a row), head_dim; options as in `KVConfig`
-    sliding  attention reads only that many of the newest tokens, sinks included (None: all)
+    batch, n_kv_heads, max_len (most tokens of a row), head_dim
+    options  of `KVConfig`: k_bits, v_bits, group_size (G), residual (R), sink (S), shrink
+    sliding  attention reads only that many of the newest tokens, no older sink (None: all)
     raises   ValueError: see KVConfig.check
     source   KIVI, arXiv 2402.02750; schedule and order of operations of jy-yuan/KIVI
     """
@@ -251,12 +255,12 @@ class KiviCache(Cache):
         c.check(head_dim)
         block = c.block(max_len)
         super().__init__(batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device)
-        self.config, self.capacity = c, c.capacity(max_len)
-        self.quantizer = quantize_groups  # of `fill`; a compiled one may take its place
+        self.config, self.capacity = c, c.capacity(max_len)  # capacity: tokens with room for codes
+        self.quantizer = quantize_groups  # of `fill`; may be replaced by a compiled one
         heads, D, G = (batch, n_kv_heads), head_dim, c.group_size
         n_groups, spare = self.capacity // G, -self.capacity % block // G
-        # Of a half-precision cache scales and zeros are float16, which kernels read as they are; it
-        # holds those of bfloat16 exactly, up to 65504.
+        # Of a half-precision cache scales and zeros are float16, which kernels read as they are. It
+        # holds bfloat16 numbers from 2^-17 to 65504 exactly, and rounds smaller ones by 2^-25.
         metadata = dtype if dtype == torch.float32 else torch.float16
         for name, bits, entry in (("k", c.k_bits, (G, D)), ("v", c.v_bits, (D, G))):
             shape = (*heads, n_groups * bits // 8, *entry)
@@ -279,10 +283,10 @@ class KiviCache(Cache):
         return (exact_k | (t < S), exact_v | (t < S)) if S else (exact_k, exact_v)
 
     def grouped_as(self, t):
-        """Token whose key stands for token t's in its group: its own, but for a sink's.
+        """The token whose key is used for t in its group: t itself, or another one for a sink.
 
         A sink is read from the window. In its group it would stretch the range of the others, so
-        the group's first token that is no sink takes its place.
+        the group's first token that is no sink takes its place (if all are, nobody reads them).
         """
         S, G = self.config.sink, self.config.group_size
         return torch.maximum(t, (t | G - 1).clamp(max=S)) if S else t
@@ -299,20 +303,21 @@ class KiviCache(Cache):
         """`prefill` without its checks, into the rows from `row` on; lengths [B] on the device."""
         c, (B, Hk, L, D) = self.config, k.shape
         rows = torch.arange(B, device=k.device)[:, None]
+        # The token of each slot: sinks, then the newest R + 1. Short rows write a token twice.
         slots = torch.arange(c.sink + c.residual + 1, device=k.device)
-        last = lengths[:, None] - 1
-        t = torch.where(slots < c.sink, slots, last - slots + c.sink).minimum(last).clamp(min=0)
+        newest = lengths[:, None] - 1
+        t = torch.where(slots < c.sink, slots, newest - slots + c.sink).minimum(newest).clamp(min=0)
         self.k_window[row + rows, :, self.slot(t)] = k[rows, :, t]  # t [B, slots]
         self.v_window[row + rows, :, self.slot(t)] = v[rows, :, t]
         k_end, v_end = lengths // c.residual * c.residual, lengths - c.residual
-        for first, end in slices(min(L, self.capacity), B * Hk * D, 4 * c.group_size):
-            t = torch.arange(first, end, device=k.device)
-            for name, x, of, until in (("k", k, self.grouped_as(t), k_end), ("v", v, t, v_end)):
-                x = x[:, :, of.clamp(max=L - 1)].unflatten(2, (-1, c.group_size))
-                keep = (t < until[:, None]).view(B, 1, -1, c.group_size, 1)
+        for first, last in slices(min(L, self.capacity), B * Hk * D, 4 * c.group_size):
+            t = torch.arange(first, last, device=k.device)
+            for name, x, source, end in (("k", k, self.grouped_as(t), k_end), ("v", v, t, v_end)):
+                x = x[:, :, source.clamp(max=L - 1)].unflatten(2, (-1, c.group_size))
+                keep = (t < end[:, None]).view(B, 1, -1, c.group_size, 1)
                 for buffer, y in zip(self.parts(name)[1:], self.quantizer(x, keep, c, name)):
-                    n = (end - first) // y.shape[2]  # tokens of a stack or of a group
-                    buffer[row : row + B, :, first // n : end // n] = y
+                    n = (last - first) // y.shape[2]  # tokens of a stack or of a group
+                    buffer[row : row + B, :, first // n : last // n] = y
 
     def evicts_value(self):
         """Is some row longer than R, so that its oldest exact value gets codes?"""
@@ -335,18 +340,18 @@ class KiviCache(Cache):
         c, row = self.config, torch.arange(self.batch, device=pos.device)[:, None]
         complete = (pos + 1) % c.residual == 0
         for first in range(0, c.residual, c.group_size):
-            t = torch.arange(first, first + c.group_size, device=pos.device)
-            t = pos[:, None] // c.residual * c.residual + t  # [B, G]
+            offset = torch.arange(first, first + c.group_size, device=pos.device)
+            t = pos[:, None] // c.residual * c.residual + offset  # [B, G]
             keys = self.k_window[row, :, self.slot(self.grouped_as(t))]  # [B, G, Hk, D]
             codes, scale, zero = group_codes(keys.transpose(1, 2), c.k_bits, 2, c.shrink)
-            # The last block of a row may never be completed. Then it has no place, and needs none.
+            # A last key block that max_len cuts off has no room for codes, and never completes.
             group = (t[:, 0] // c.group_size).clamp(max=self.capacity // c.group_size - 1)
             self.store("k", group, (), complete, (codes, scale[:, :, 0], zero[:, :, 0]))
 
     def store(self, name, group, token, chosen, new):
         """Stores codes, scale and zero of a `group` [B] of tokens, or of one `token` of it.
 
-        Rows that are not `chosen` [B] stay as they are: a branch would need the host.
+        Rows that are not `chosen` [B] stay as they are: an `if` would wait for the device.
         """
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         row, fields = torch.arange(self.batch, device=group.device), 8 // bits
@@ -355,12 +360,13 @@ class KiviCache(Cache):
             shape = (-1, *[1] * (x.dim() - 1))
             place = (row, slice(None), group // fields if part == "packed" else group, *token)
             old = buffer[place]
-            if part == "packed":  # the bits of these codes are still 0
-                x = old | x << (group % fields * bits).view(shape)
+            if part == "packed":
+                shift = (group % fields * bits).view(shape)
+                x = old & ~(2**bits - 1 << shift) | x << shift  # this field of the bytes alone
             buffer[place] = torch.where(chosen.view(shape), x.to(old.dtype), old)
 
     def attention(self, q, pos, t):
-        """Attention over codes and window, with one row of scores in the order of tokens.
+        """Attention: scores from codes and window are put together, in the order of tokens.
 
         q [B, H, 1, D] at pos [B] over the tokens t (see `tokens`) -> [B, H, 1, D]
         """
@@ -379,7 +385,7 @@ class KiviCache(Cache):
         p_packed = p - p_exact
         for part, values in self.read("v", len(t)):
             p_groups = p_packed[..., part].unflatten(3, (-1, self.config.group_size))
-            out = out + (p_groups.transpose(2, 3) @ values).sum(2)  # [B, Hk, groups, M, D]
+            out = out + (p_groups.transpose(2, 3) @ values).sum(2)  # [B, Hk, M, D]
         return out.view(q.shape).to(q.dtype)
 
     def read(self, name, n):
@@ -392,11 +398,11 @@ class KiviCache(Cache):
         G, P = self.config.group_size, 8 // bits
         stacks = min(n // (P * G), packed.shape[2])
         stacks = stacks if n > self.config.residual else 0  # so few tokens are all exact
-        step = max(1, 2**22 // (P * packed[:, :, :1].numel()))  # 16 MB, or caches overflow
+        step = max(1, 2**22 // (P * packed[:, :, :1].numel()))  # 16 MB, for the CPU's caches
         for first in range(0, stacks, step):
             end = min(first + step, stacks)
             codes = torch.stack(planes(packed[:, :, first:end], bits), 3).flatten(2, 3)
-            x = codes.float().unflatten(4, (scale.shape[4], -1))  # [.., G, groups, channels]
+            x = codes.float().unflatten(4, (scale.shape[4], -1))  # K [.., D, 1]; V [.., D / G, G]
             groups = slice(first * P, end * P)
             x = x.mul_(scale[:, :, groups, ..., None]).add_(zero[:, :, groups, ..., None])
             yield slice(first * P * G, end * P * G), x.flatten(4)
@@ -412,9 +418,3 @@ class KiviCache(Cache):
                 x[:, :, part] = torch.where(exact[:, None, part, None], window, packed)
             out.append(torch.where((t <= pos[:, None])[:, None, :, None], x, 0))
         return tuple(out)
-
-
-def slices(n, width, unit):
-    """Cuts n tokens of `width` elements into ranges (first, end) of whole units, FILL at a time."""
-    step, n = max(1, FILL // width // unit) * unit, round_up(n, unit)
-    return [(first, min(first + step, n)) for first in range(0, n, step)]

@@ -17,6 +17,7 @@ from math import lcm
 import torch
 
 BITS = (2, 4, 8)
+FILL = 2**24  # elements of K that are quantized at once: temporaries are several times that
 
 
 def group_codes(x, bits, dim=-1, shrink=1.0):
@@ -138,6 +139,12 @@ def value_codes(x, config):
     groups = x.unflatten(-1, (-1, config.group_size))
     codes, scale, zero = group_codes(groups, config.v_bits, -1, config.shrink)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+
+
+def slices(n, width, unit):
+    """Cuts n tokens of `width` elements into ranges (first, end) of whole units, FILL at a time."""
+    step, n = max(1, FILL // width // unit) * unit, round_up(n, unit)
+    return [(first, min(first + step, n)) for first in range(0, n, step)]
 
 
 def quantize_groups(x, keep, config, name):

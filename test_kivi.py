@@ -334,6 +334,19 @@ def test_extreme_scores_do_not_overflow(loud):
     check_reads(cache, "small window", 20 * q, k, v, [200])
 
 
+def test_a_long_row_is_the_same_in_pieces(monkeypatch):
+    """Attention dequantizes 4 million numbers at a time. Guards against a piece of one token's
+    scales with another's codes, and a last piece that is dropped or read twice."""
+    monkeypatch.setitem(CASES, "long", (8, 8, 128, dict(group_size=32, residual=96, v_bits=4)))
+    monkeypatch.setitem(SHAPES, "long", CASES["long"])
+    q, k, v = make_tokens("long", 1, 9000)
+    q[..., 3::7] = 0  # or the first token, loud as it is, gets all of the weight
+    cache = make_cache("long", 1, 9000)
+    fill(cache, k, v, [9000])
+    assert len(list(cache.read("v", 9000))) > 2
+    check_reads(cache, "long", q, k, v, [9000])
+
+
 @pytest.mark.parametrize("name", ("full", "full, sliding"))
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 4e-3)))
 def test_full_cache_is_attention(name, dtype, tolerance):
@@ -402,8 +415,8 @@ def test_prefill_equals_appends_byte_for_byte(name, n_residuals, more, monkeypat
     q, k, v = make_tokens(name, 1, n)
     states = []
     outs = []
-    for fill_at_once in (kivi.FILL, 1):
-        monkeypatch.setattr(kivi, "FILL", fill_at_once)
+    for fill_at_once in (qz.FILL, 1):
+        monkeypatch.setattr(qz, "FILL", fill_at_once)
         for prompt in sorted({n, 1, n // 2, n // residual * residual, n - 1} - {0}):
             cache = make_cache(name)
             fill(cache, k, v, [prompt], n - prompt)

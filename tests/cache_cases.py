@@ -24,7 +24,8 @@ CASES = {  # name: (H, Hk, D, options)
     "4 sinks, shrunk": (4, 2, 32, dict(group_size=16, residual=32, sink=4, shrink=0.85)),
     "sliding": (4, 2, 32, dict(group_size=16, residual=32, sliding=20)),
     "sliding over sinks": (4, 2, 32, dict(group_size=16, residual=32, sink=5, sliding=50)),
-    "all at once": (2, 2, 32, dict(k_bits=4, group_size=16, residual=32, sink=5, shrink=0.9)),
+    "all at once": (2, 2, 32, dict(k_bits=4, group_size=16, residual=32, sink=5, shrink=0.9,
+                                   sliding=90)),
 }
 SHAPES = CASES | {"full": (4, 2, 32, {}), "full, sliding": (4, 2, 32, dict(sliding=20))}
 

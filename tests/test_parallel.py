@@ -1,5 +1,6 @@
 """Several processes that share one model."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from reference import FAMILIES, make_checkpoint
 from reference_cache import randn, rel
 from safetensors.torch import load_file, save_file
 
-from model import Transformer, causal
+from checkpoint.shares import shard
+from model import ModelConfig, Transformer, causal
 from program import parallel
 
 
@@ -56,11 +58,24 @@ def test_processes_that_share_the_heads_write_the_same_text(n, tmp_path):
     assert last["kv_bytes"] < 0.6 * whole["kv_bytes"]
 
 
+REFUSED = "4 heads, 2 KV heads and 96 hidden channels cannot be divided among 3 processes"
+
+
+def test_a_model_that_cannot_be_divided_is_refused(checkpoint):
+    """Guards against shares that leave a head out, and processes without a KV head."""
+    config = ModelConfig.from_folder(checkpoint)
+    with pytest.raises(ValueError, match=REFUSED):
+        shard(config, 0, 3)
+    assert shard(config, 3, 4).n_kv_heads == 1
+    with pytest.raises(ValueError, match="in one process"):
+        shard(replace(config, weights=(8, None)), 0, 2)
+
+
+@pytest.mark.slow
 def test_what_processes_cannot_share_is_refused(checkpoint):
     """Guards against a traceback, or a hang, where the heads cannot be divided."""
     done = torchrun(3, "--checkpoint", checkpoint, "--prompt", "x")
-    reason = ("4 heads, 2 KV heads and 96 hidden channels cannot be divided among 3 processes\n")
-    assert done.returncode and reason in done.stderr
+    assert done.returncode and REFUSED + "\n" in done.stderr
     assert done.stdout == "" and "generate.py\", line" not in done.stderr
 
 

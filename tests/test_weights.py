@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from calling import check_error, run
+from calling import check_error, process, run
 from reference import (
     FAMILIES, changed, heldout, make_checkpoint, some_ids, truncated,
 )
@@ -258,8 +258,8 @@ def test_what_cannot_be_written_is_refused(checkpoint, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["damaged"]
     small = tmp_path / "small"
     write.write_quantized(checkpoint, "int8", small)
-    again = run("--checkpoint", small, "--out", tmp_path / "smaller", main=write.main)
-    check_error(again, "already")
+    done = process("-m", "checkpoint.write", "--checkpoint", small, "--out", tmp_path / "smaller")
+    check_error((done.returncode, done.stdout, done.stderr), "already")
 
 
 def test_a_written_checkpoint_is_checked_like_any_other(checkpoint, tmp_path):

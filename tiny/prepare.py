@@ -1,4 +1,4 @@
-"""Makes the tokenizer and the token files that train.py reads.
+"""Makes the folder that train.py reads: the tokenizer, the tokens of the texts and config.json.
 
     python tiny/prepare.py --corpus CORPUS --out RUN
 
@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+HERE = Path(__file__).resolve().parent
+COPIED = ("config.json", "generation_config.json", "tokenizer_config.json")
 HELD_OUT = {
     "Black Beauty",
     "The Story of Doctor Dolittle",
@@ -66,9 +69,9 @@ def read_books(corpus):
 
 
 def prepare(corpus, out, seed):
-    """Writes tokenizer.json, tokenizer_config.json and, in int16, tokens.safetensors.
+    """Writes a checkpoint folder without weights, and tokens.safetensors.
 
-    The latter holds train [N], held_out [M] and held_back [books, ROW].
+    The latter holds train [N], held_out [M] and held_back [books, ROW] in int16.
     """
     books = read_books(corpus)
     tok = train_tokenizer(text for title, text in books.items() if title not in HELD_OUT)
@@ -85,15 +88,8 @@ def prepare(corpus, out, seed):
     tokens = {name: torch.tensor(ids, dtype=torch.int16) for name, ids in rows.items()}
     save_file(tokens, out / "tokens.safetensors")
     tok.save(str(out / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": 4096,
-        "clean_up_tokenization_spaces": False,
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COPIED:
+        shutil.copy(HERE / name, out)
 
 
 def main():

@@ -21,11 +21,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
+from checkpoint.config import ModelConfig  # noqa: E402
+from checkpoint.text import load_tokenizer  # noqa: E402
+from checkpoint.weights import _targets  # noqa: E402
+from model import Transformer  # noqa: E402
 
 # A task: the fact, a paragraph among the story's; the question, the last paragraph; the answer that
 # continues it. Keys are 10000 .. 99999.
@@ -66,47 +71,20 @@ LONG = 4096
 SYNTHETIC = 0.3  # share of rows with tasks
 ANSWER_WEIGHT = 8
 FACT_WEIGHT = 0
+SEED = 1
 LEARNING_RATE = 2e-3
 WARM_UP = 200  # steps
 DROPOUT = 0.1
 WORKERS = 6  # for rows of each length
-DIM = 256
-MLP_DIM = 768
-N_LAYERS = 8
-N_HEADS = 4
-N_KV_HEADS = 2
-HEAD_DIM = 64
-NORM_EPS = 1e-5
-ROPE_THETA = 10000.0
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": MASK,
-    "hidden_size": DIM,
-    "intermediate_size": MLP_DIM,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": N_HEADS,
-    "num_key_value_heads": N_KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "hidden_act": "silu",
-    "rms_norm_eps": NORM_EPS,
-    "rope_theta": ROPE_THETA,
-    "max_position_embeddings": LONG,
-    "tie_word_embeddings": True,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "torch_dtype": "bfloat16",
-}
-GENERATION_CONFIG = {"bos_token_id": BOS, "eos_token_id": EOS}
 
 
-class Rows(torch.utils.data.IterableDataset):
+class Rows(IterableDataset):
     """Endless batches [B, T] of int16 tokens, from a seed per worker.
 
     Tokens of answers are negated; those of facts and questions are + MASK.
     """
 
-    def __init__(self, tokens, tok, length, seed, n_rows=1):
+    def __init__(self, tokens, tok, length, seed=SEED, n_rows=1):
         self.tokens = array("h", tokens.tolist())
         self.tok = tok
         self.length = length
@@ -116,7 +94,7 @@ class Rows(torch.utils.data.IterableDataset):
         self.rng = random.Random(seed)
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
+        worker = get_worker_info()
         self.rng = random.Random(f"{self.seed} {self.length} {worker.id}")
         while True:
             yield torch.tensor([self.row() for _ in range(self.n_rows)], dtype=torch.int16)
@@ -188,98 +166,61 @@ class Rows(torch.utils.data.IterableDataset):
         return row + story[start:] + tail
 
 
-def initial_weights():
-    """Hugging Face's names and shapes for LlamaForCausalLM, projections [out, in].
-
-    lm_head is tied to embed_tokens.
-    """
-    shapes = {
-        "input_layernorm": (DIM,),
-        "self_attn.q_proj": (N_HEADS * HEAD_DIM, DIM),
-        "self_attn.k_proj": (N_KV_HEADS * HEAD_DIM, DIM),
-        "self_attn.v_proj": (N_KV_HEADS * HEAD_DIM, DIM),
-        "self_attn.o_proj": (DIM, N_HEADS * HEAD_DIM),
-        "post_attention_layernorm": (DIM,),
-        "mlp.gate_proj": (MLP_DIM, DIM),
-        "mlp.up_proj": (MLP_DIM, DIM),
-        "mlp.down_proj": (DIM, MLP_DIM),
-    }
-    w = {
-        "model.embed_tokens.weight": 0.02 * torch.randn(MASK, DIM),
-        "model.norm.weight": torch.ones(DIM),
-    }
-    for i in range(N_LAYERS):
-        for name, shape in shapes.items():
-            if len(shape) == 1:
-                x = torch.ones(shape)
-            else:
-                into_residual = name.endswith(("o_proj", "down_proj"))
-                x = torch.randn(shape) * 0.02 / (math.sqrt(2 * N_LAYERS) if into_residual else 1)
-            w[f"model.layers.{i}.{name}.weight"] = x
-    return w
+def drop(module, inputs, output):
+    """A hook on what a residual branch adds."""
+    return F.dropout(output, DROPOUT)
 
 
-def norm(x, weight):
-    return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
+def narrow(module, inputs, output):
+    """A hook: autocast would keep the residual stream in float32, twice the bytes everywhere."""
+    return output.bfloat16()
 
 
-@torch.compile(dynamic=False)  # one layer, not the model: compiled once per length
-def layer(x, w, cos, sin):
-    """x [B, T, C]; w: the layer's weights by short name; cos, sin [T, D]."""
-    h = norm(x, w["input_layernorm"])
-    heads = (F.linear(h, w[f"self_attn.{name}_proj"]).unflatten(-1, (-1, HEAD_DIM)) for name in "qkv")
-    q, k, v = (y.transpose(1, 2) for y in heads)  # [B, H or Hk, T, D]
-    q, k = rotate(q, cos, sin).to(v), rotate(k, cos, sin).to(v)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    y = F.linear(y.transpose(1, 2).flatten(2), w["self_attn.o_proj"])
-    x = x + F.dropout(y, DROPOUT)
-    h = norm(x, w["post_attention_layernorm"])
-    h = F.silu(F.linear(h, w["mlp.gate_proj"])) * F.linear(h, w["mlp.up_proj"])
-    return x + F.dropout(F.linear(h, w["mlp.down_proj"]), DROPOUT)
-
-
-def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-def hidden(w, ids):
-    """Tokens [B, T] to final hidden states [B, T, C]; logits are hidden @ embed_tokens.T."""
-    t = torch.arange(ids.shape[1], device=ids.device)
-    frequency = ROPE_THETA ** -(torch.arange(0, HEAD_DIM, 2, device=ids.device) / HEAD_DIM)
-    angle = torch.outer(t, frequency).repeat(1, 2)  # [T, D]
-    # Else autocast keeps the residual stream in float32: twice the bytes everywhere.
-    x = F.embedding(ids, w["model.embed_tokens.weight"]).bfloat16()
-    for i in range(N_LAYERS):
-        prefix = f"model.layers.{i}."
-        own = {
-            name.removeprefix(prefix).removesuffix(".weight"): p
-            for name, p in w.items()
-            if name.startswith(prefix)
-        }
-        x = layer(x, own, angle.cos(), angle.sin())
-    return norm(x, w["model.norm.weight"])
+def new_model(folder, device):
+    """The model of a folder's config.json with random float32 weights, ready to be trained."""
+    model = Transformer(ModelConfig.from_folder(folder)).to(device)
+    model.head.weight = model.embed.weight
+    model.set_rope()
+    into_residual = 0.02 / math.sqrt(2 * len(model.layers))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            nn.init.ones_(weight)
+        else:
+            last = name.endswith(("wo.weight", "w_out.weight"))
+            nn.init.normal_(weight, std=into_residual if last else 0.02)
+    model.embed.register_forward_hook(narrow)
+    for layer in model.layers:
+        layer.attention.wo.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+        layer.compile(dynamic=False)  # not the model: one compilation a length serves all layers
+    return model
 
 
 @torch.compile(dynamic=False)
-def token_losses(h, embedding, target):
-    logits = F.linear(h, embedding).float()
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+def losses(logits, targets):
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
 
 
-def mean_loss(w, x):
+def mean_loss(model, x):
     """The weighted loss of rows x [B, T + 1] as `Rows` makes them."""
     weight = 1.0 + (ANSWER_WEIGHT - 1) * (x < 0) + (FACT_WEIGHT - 1) * (x >= MASK)
     weight = weight[:, 1:].flatten()
-    ids = x.abs() % MASK
+    x = x.abs() % MASK
     with torch.autocast(x.device.type, torch.bfloat16):
-        h = hidden(w, ids[:, :-1])
-        losses = token_losses(h, w["model.embed_tokens.weight"], ids[:, 1:])
-        return (losses * weight).sum() / weight.sum()
+        logits = model(x[:, :-1])
+    return (losses(logits, x[:, 1:]) * weight).sum() / weight.sum()
+
+
+def save(model, out):
+    """Writes the weights in bfloat16 under the names that a checkpoint has for them."""
+    tensors = {
+        name: torch.cat(target.views).bfloat16() for name, target in _targets(model).items()
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()
-def evaluate(model, tok, data, seed, trials, rows):
+def evaluate(model, tok, data, trials, rows):
     """Perplexity in rows of 1,024 tokens, and the share of pass keys found in held-out text."""
     device = model.embed.weight.device
     report = {}
@@ -288,12 +229,12 @@ def evaluate(model, tok, data, seed, trials, rows):
             ids = ids[: len(ids) // 1023 * 1023].view(-1, 1023)
             ids = F.pad(ids, (1, 0), value=BOS)
         ids = ids[:: -(-len(ids) // rows)].to(device, torch.long)
-        losses = [
+        parts = [
             F.cross_entropy(model(x[:, :-1]).mT, x[:, 1:], reduction="none") for x in ids.split(8)
         ]
-        report[name] = round(math.exp(torch.cat(losses).mean().item()), 3)
+        report[name] = round(torch.cat(parts).mean().exp().item(), 3)
     for length in (1024, 2048, 4096):
-        source = Rows(data["held_out"], tok, length, seed)
+        source = Rows(data["held_out"], tok, length)
         found = 0
         for _ in range(trials):
             row = source.document(length, *source.task(length, PASSKEY))
@@ -305,51 +246,41 @@ def evaluate(model, tok, data, seed, trials, rows):
     return report
 
 
-def save(w, out):
-    """Writes the model to the folder, in bfloat16."""
-    tensors = {name: p.detach().bfloat16() for name, p in w.items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for name, value in (("config", CONFIG), ("generation_config", GENERATION_CONFIG)):
-        (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+def sample(model, tok, prompt):
+    ids = generate.generate(model, [tok.encode(prompt).ids], 160, 0.8, kv="bf16", stop=())
+    return tok.decode(ids[0])
 
 
-def start(out, seed, device):
-    """Weights, optimizer and state, new or those of the broken run in the folder."""
-    torch.manual_seed(seed)
-    w = {name: p.to(device).requires_grad_() for name, p in initial_weights().items()}
+def start(out, device):
+    """Model, optimizer and state, new or those of the broken run in the folder."""
+    torch.manual_seed(SEED)
+    model = new_model(out, device)
     groups = [
-        {"params": [p for p in w.values() if p.dim() == 1], "weight_decay": 0},
-        {"params": [p for p in w.values() if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == dim], "weight_decay": decay}
+        for dim, decay in ((1, 0), (2, 0.1))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     state = {"step": 0, "seconds": 0.0, "log": []}
     if (out / "state.pt").exists():
-        saved = torch.load(out / "state.pt", map_location=device, weights_only=True)
-        for name, p in w.items():
-            p.data = saved["weights"][name]
+        saved = torch.load(out / "state.pt", map_location=device)
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-    return w, optimizer, state
+    return model, optimizer, state
 
 
-def store(out, w, optimizer, state):
+def store(out, model, optimizer, state):
     """Writes what `start` reads, and never half of it."""
-    weights = {name: p.detach() for name, p in w.items()}
-    saved = {"weights": weights, "optimizer": optimizer.state_dict(), "state": state}
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
     torch.save(saved, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
 
 
-def note(state, report):
-    print(report, flush=True)
-    state["log"].append(report)
-
-
-def update(w, optimizer, x, rate):
+def update(model, optimizer, x, rate):
     """One step on the rows x at a learning rate: the loss."""
-    loss = mean_loss(w, x)
+    loss = mean_loss(model, x)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -357,49 +288,40 @@ def update(w, optimizer, x, rate):
     return loss
 
 
-def train(out, minutes, seed, batch):
-    """Trains for some minutes, in steps of `batch` tokens."""
-    begin = time.perf_counter()
-    data = load_file(out / "tokens.safetensors")
-    tok = Tokenizer.from_file(str(out / "tokenizer.json"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    w, optimizer, state = start(out, seed, device)
-    begin -= state["seconds"]
-    run_seed = seed + state["step"]  # a resumed run draws other rows, other dropout
-    torch.manual_seed(run_seed)
+def train(out, device, minutes, batch, tok, data):
+    """Trains for some minutes in steps of `batch` tokens: the state at the end."""
+    model, optimizer, state = start(out, device)
+    begin = time.perf_counter() - state["seconds"]
+    seed = SEED + state["step"]  # a resumed run draws other rows, other dropout
+    torch.manual_seed(seed)
     batches = {}
     for length in (SHORT, LONG):
-        rows = Rows(data["train"], tok, length + 1, run_seed, batch // length)
-        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=WORKERS,
-                                             pin_memory=device == "cuda")
+        rows = Rows(data["train"], tok, length + 1, seed, batch // length)
+        loader = DataLoader(rows, None, num_workers=WORKERS, pin_memory=device == "cuda")
         batches[length] = iter(loader)
-    printed_step, printed = state["step"], state["seconds"]
-    stored = state["seconds"]
+    printed = stored = state["seconds"]
+    printed_step = state["step"]
     while (progress := state["seconds"] / 60 / minutes) < 1:
         length = LONG if progress > 0.6 and state["step"] % 4 else SHORT
         x = next(batches[length]).to(device, torch.long, non_blocking=True)  # [B, length + 1]
         state["step"] += 1
         rate = LEARNING_RATE * min(1, state["step"] / WARM_UP) * (1 - progress)
-        loss = update(w, optimizer, x, rate)
+        loss = update(model, optimizer, x, rate)
         seconds = state["seconds"] = time.perf_counter() - begin
         if seconds - printed > 10:
-            speed = (state["step"] - printed_step) * batch / (seconds - printed)
-            printed_step, printed = state["step"], seconds
-            note(state, {"step": state["step"], "length": length, "loss": round(loss.item(), 4),
-                         "tokens_per_s": round(speed), "left_s": round(60 * minutes - seconds)})
+            speed = round((state["step"] - printed_step) * batch / (seconds - printed))
+            report = {"step": state["step"], "length": length, "loss": round(loss.item(), 4)}
+            state["log"].append({**report, "tokens_per_s": speed})
+            print(state["log"][-1], f"ETA {60 * minutes - seconds:.0f} s", flush=True)
+            printed, printed_step = seconds, state["step"]
         if seconds - stored > 60:
             stored = seconds
-            save(w, out)
-            store(out, w, optimizer, state)
-            model, _ = generate.load(out, device)
-            note(state, evaluate(model, tok, data, seed, trials=8, rows=64))
-    save(w, out)
+            save(model, out)
+            store(out, model, optimizer, state)
+            state["log"].append(evaluate(*generate.load(out, device), data, trials=8, rows=64))
+            print(state["log"][-1], flush=True)
+    save(model, out)
     return state
-
-
-def finish(out, seed, state):
-    """Measures the model as it is shipped, and writes log.json."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main():
@@ -408,9 +330,19 @@ def main():
                         help="the folder that prepare.py wrote; gets the model as well")
     parser.add_argument("--minutes", type=float, default=7,
                         help="duration of the training, without the last evaluation")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=131072, help="tokens of a step")
-    train(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    out = args.out
+    data = load_file(out / "tokens.safetensors")
+    tok = load_tokenizer(out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = train(out, device, args.minutes, args.batch, tok, data)
+    model, _ = generate.load(out, device)  # as shipped
+    state["final"] = evaluate(model, tok, data, trials=128, rows=500)
+    state["torch"] = torch.__version__
+    state["samples"] = [sample(model, tok, prompt) for prompt in PROMPTS]
+    (out / "log.json").write_text(json.dumps(state, indent=1) + "\n")
+    print(state["final"], *state["samples"], sep="\n\n")
 
 
 if __name__ == "__main__":
