@@ -46,8 +46,8 @@ class Cache(nn.Module):
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device):
         super().__init__()
         if min(batch, n_kv_heads, max_len, head_dim, 1 if sliding is None else sliding) < 1:
-            raise ValueError(f"batch {batch}, n_kv_heads {n_kv_heads}, max_len {max_len}, head_dim "
-                             f"{head_dim} and sliding {sliding} must be at least 1")
+            sizes = f"{batch}, {n_kv_heads}, {max_len}, {head_dim} and {sliding}"
+            raise ValueError(f"batch, n_kv_heads, max_len, head_dim, sliding must be > 0: {sizes}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
         self.batch, self.n_kv_heads, self.head_dim = batch, n_kv_heads, head_dim
@@ -245,8 +245,7 @@ class KiviCache(Cache):
     batch, n_kv_heads, max_len (most tokens of a row), head_dim
     options  of `KVConfig`: k_bits, v_bits, group_size (G), residual (R), sink (S), shrink
     sliding  attention reads only that many of the newest tokens, no older sink (None: all)
-    raises   ValueError: see KVConfig.check
-    source   KIVI, arXiv 2402.02750; schedule and order of operations of jy-yuan/KIVI
+    raises   ValueError: see KVConfig.check; source: arXiv 2402.02750, schedule of jy-yuan/KIVI
     """
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, sliding=None,
@@ -372,16 +371,17 @@ class KiviCache(Cache):
         """
         q_rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim).float()  # [B, Hk, M, D]
         exact_k, exact_v = (x[:, None, None] for x in self.exact(pos, t))  # [B, 1, 1, n]
-        slot = self.slot(t)
         packed = q_rows.new_zeros(*q_rows.shape[:3], len(t))  # [B, Hk, M, n]
         for part, keys in self.read("k", len(t)):
             packed[..., part] = q_rows @ keys.flatten(2, 3).mT
         window = q_rows @ self.k_window.float().mT  # [B, Hk, M, slots]
+        slot = self.slot(t)
         scores = torch.where(exact_k, window[..., slot], packed) * self.head_dim**-0.5
         scores = scores.masked_fill(~self.seen(pos, t)[:, None, None], float("-inf"))
         p = scores.softmax(-1)  # [B, Hk, M, n]
         p_exact = torch.where(exact_v, p, 0)
-        out = torch.zeros_like(window).index_add_(3, slot, p_exact) @ self.v_window.float()
+        p_slots = p_exact.new_zeros(window.shape).index_add_(3, slot, p_exact)  # by slot
+        out = p_slots @ self.v_window.float()
         p_packed = p - p_exact
         for part, values in self.read("v", len(t)):
             p_groups = p_packed[..., part].unflatten(3, (-1, self.config.group_size))

@@ -1,9 +1,11 @@
-"""Run: pytest test_kivi.py       (under half a minute on one core; no GPU, no network)
+"""Run: pytest test_kivi.py       (half a minute on one core; no GPU, no network)
 
-The specification of quantize.py and kivi.py. What they do is compared with tests/reference_cache.py,
-which is written in plain Python from the paper, never with itself. Every docstring says which bug
-its test guards against. tests/test_refusals.py holds what they refuse, tests/test_attentions.py the
-compiled form of the same.
+The specification of quantize.py and kivi.py. What they do is compared with what is written in
+tests/reference_cache.py, in plain Python and from the paper, never with itself. Every docstring
+says which bug its test guards against.
+
+In tests/ are what they refuse (test_refusals.py), the bugs that must make a check here fail
+(test_mutations.py), and the compiled forms of the same (test_attentions.py).
 """
 import math
 import sys
@@ -398,6 +400,18 @@ def test_bfloat16_at_the_edge_of_float16_stays_finite():
     cache = make_cache(dtype=torch.bfloat16)
     fill(cache, k, v, [70], steps=30)
     check_reads(cache, "small window", q, k, v, [100])
+
+
+def test_tiny_bfloat16_numbers_lose_only_what_float16_cannot_hold():
+    """float16 rounds scales and zeros below 2^-17 by 2^-25. Guards against codes that then stand
+    for something else: of another scale, or of NaN where the scale is 0."""
+    _, k, v = make_tokens("small window", 1, 100, torch.bfloat16)
+    k, v = k * 2.0**-18, v * 2.0**-22
+    cache = make_cache(dtype=torch.bfloat16)
+    fill(cache, k, v, [70], steps=30)
+    wanted = expected_reads(k[0], v[0], **CASES["small window"][3])
+    for read, x in zip(cache.dequantized(), wanted):
+        assert ((read[0] - x).abs() <= (3 + 1) * 2.0**-25).all()
 
 
 # ---- the caches: state --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """kivi.py and quantize.py in an attention module of your own, without any model.
 
     python examples/attention_only.py            the two files, in plain PyTorch
-    python examples/attention_only.py --fused    with fused/attention.py as the third, compiled first
+    python examples/attention_only.py --fused    and fused/attention.py: compiled, which takes long
 
 Copy the files of your choice into your project; they import torch and each other.
 """
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x, cache=None):
-        """x [B, T, dim] -> [B, T, dim]. A prompt is attended to exactly; one token reads `cache`."""
+        """x [B, T, dim] -> [B, T, dim]. A prompt attends exactly; one token reads the cache."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = qkv.split(self.heads, 1)  # [B, H or Hk, T, D]
         if cache is not None and x.shape[1] == 1:
@@ -52,7 +52,8 @@ def main(attend=KiviCache.attend, tokens=1024, prompt=1000):
         layer(x[:, :prompt], cache)
         out = torch.cat([layer(x[:, t : t + 1], cache) for t in range(prompt, tokens)], 1)
         error = (out - exact).norm() / exact.norm()
-        print(f"{bits} bits: relative error {error:.4f}, {cache.nbytes:,} bytes instead of {full:,}")
+        print(f"{bits} bits: relative error {error:.4f}, "
+              f"{cache.nbytes:,} bytes instead of {full:,}")
 
 
 if __name__ == "__main__":

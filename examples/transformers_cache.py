@@ -1,4 +1,6 @@
-"""A 2-bit cache for `transformers` 5: model.generate(**inputs, cache=KiviPastKeyValues(model, 4096))
+"""A 2-bit cache for `transformers` 5.
+
+    model.generate(**inputs, cache=KiviPastKeyValues(model, max_len=4096))
 
     python examples/transformers_cache.py [folder or hub id]
 

@@ -1,4 +1,4 @@
-"""What test_kivi.py compares with: written from the paper and the official schedule, not from the code.
+"""What the tests of quantize.py and kivi.py compare with, written from the paper, not from the code.
 
 A quantizer on Python floats with the bound of its error, what one row of a cache shows at length T,
 attention in float64, the bytes of a cache counted from its shapes, and hostile numbers.
@@ -16,7 +16,11 @@ HALF_EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 # ---- the quantizer, number by number ------------------------------------------------------------
 
 def to_float32(x):
-    """A Python float rounded to float32, half to even. Double rounding is harmless: 53 >= 2 * 24 + 2."""
+    """A Python float rounded to float32, half to even.
+
+    One operation on float32 numbers, in float64 and then rounded so, is as if in float32 at once:
+    53 bits are at least 2 * 24 + 2.
+    """
     try:
         return struct.unpack("<f", struct.pack("<f", x))[0]
     except OverflowError:
@@ -54,7 +58,7 @@ def scalar_quantize(values, bits, dtype):
 
 
 def scalar_dequantize(codes, scale, zero, dtype):
-    """x_hat of one group. A scale that was rounded up may carry the top code past the last number."""
+    """x_hat of one group, clamped: a scale that was rounded up may carry the top code past max."""
     limit = torch.finfo(dtype).max
     exact = (to_float32(to_float32(code * scale) + zero) for code in codes)
     return [min(max(round_to(dtype, x), -limit), limit) for x in exact]
@@ -66,9 +70,9 @@ def error_bound(x, x_hat, scale, bits):
     e = 2^-24 (float32), u and t: half an eps and the smallest subnormal of the dtype.
     scale   s = round(exact), exact = (max - min) / top: |s - exact| <= max(s (u + 2 e), t / 2). The
             clamp to t acts only where exact < t / 2, and there (x - zero) / t is an integer
-    code    where (x - zero) / s <= top, rounding loses s / 2 (and 2 e top s: difference and quotient
-            are float32); beyond it the clamp loses x - zero - top s <= top (exact - s). Never both
-    x_hat   product and sum round to float32 (top s e, |x_hat| e), then to the dtype: |x_hat| u or t / 2
+    code    where (x - zero) / s <= top, rounding loses s / 2 (and 2 e top s: the difference and the
+            quotient are float32); beyond, the clamp loses x - zero - top s <= top (exact - s)
+    x_hat   product and sum round to float32 (top s e, |x_hat| e), then to the dtype: u |x_hat|
     The zero costs nothing: it is an element of the group.
     """
     top = 2**bits - 1
@@ -85,17 +89,18 @@ def error_bound(x, x_hat, scale, bits):
 def drift_bound(x_hat, scale, bits):
     """How far x_hat may move when it is quantized once more: (bound, bool: no code may change).
 
-    x_hat = zero + c s + d, |d| <= u M, M the largest |x_hat|. Codes 0 and top both occur, so the new
-    range is top s + d', and the new scale is off by at most twice d' / top. Where s / 2 > 3 u M the
-    codes stay, and x_hat moves by 4 u M; where s is smaller it moves by half a step, which is then
-    less. float32 rounds product, sum and range as well: 13 u M in all. A subnormal scale is off by
-    t / 2, top times. Where top u > 1/2 (8 bits, bfloat16) the top code may be missing: then the new
-    scale is smaller by up to 1 / 255, which is a step at the top.
+    x_hat = zero + c s + d, |d| <= u M, M the largest |x_hat|. Codes 0 and top both occur, so the
+    new range is top s + d', and the new scale is off by at most twice d' / top. Where s / 2 > 3 u M
+    the codes stay, and x_hat moves by 4 u M; where s is smaller it moves by half a step, which is
+    less then. float32 rounds product, sum and range as well: 13 u M in all. A subnormal scale is
+    off by t / 2, top times. Where top u > 1/2 (8 bits, bfloat16) the top code may be missing: then
+    the new scale is smaller by up to 1 / 255, which is a step at the top.
     """
     dtype = x_hat.dtype
     top = 2**bits - 1
     u = HALF_EPS[dtype]
-    moves = (16 if dtype == torch.float32 else 4.01) * u * x_hat.double().abs().amax(-1, keepdim=True)
+    largest = x_hat.double().abs().amax(-1, keepdim=True)
+    moves = (16 if dtype == torch.float32 else 4.01) * u * largest
     s = scale.double()
     top_may_miss = top * u > 0.49
     stays = (s > 2.1 * moves) & (s >= torch.finfo(dtype).smallest_normal) & (not top_may_miss)
@@ -112,11 +117,16 @@ def fake_quantized(x, bits, counts=None, shrink=1.0):
     """
     top = 2**bits - 1
     y = x.float()
-    low = (y if counts is None else y.masked_fill(~counts, math.inf)).amin(-1, keepdim=True)
-    high = (y if counts is None else y.masked_fill(~counts, -math.inf)).amax(-1, keepdim=True)
+    low = high = y
+    if counts is not None:
+        low = y.masked_fill(~counts, math.inf)
+        high = y.masked_fill(~counts, -math.inf)
+    low = low.amin(-1, keepdim=True)
+    high = high.amax(-1, keepdim=True)
     if shrink != 1:
         cut = (high - low) * ((1 - shrink) / 2)
-        low, high = (low + cut).to(x.dtype).float(), (high - cut).to(x.dtype).float()
+        low = (low + cut).to(x.dtype).float()
+        high = (high - cut).to(x.dtype).float()
     scale = ((high - low) / top).to(x.dtype).float()
     scale[scale == 0] = SMALLEST[x.dtype]
     scale[high == low] = 1.0
@@ -127,8 +137,8 @@ def expected_reads(k, v, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0
                    sliding=None):
     """What the attention of the last step over ONE row reads: k, v [Hk, T, D] -> float32, the same.
 
-    Keys from (T - 1) // R * R on are exact (a step quantizes after its attention), so are the values
-    of the last R + 1 tokens and the first S tokens. The rest went through the quantizer once.
+    Keys from (T - 1) // R * R on are exact (a step quantizes after its attention), values of the
+    last R + 1 tokens, and both of the first S tokens. The rest went through the quantizer once.
     """
     n_tokens, n_channels = k.shape[1:]
     k_out = k.to(torch.float32, copy=True)
@@ -169,8 +179,8 @@ def rel(a, b):
 
 # ---- bytes --------------------------------------------------------------------------------------
 
-def kivi_bytes(batch, n_kv_heads, max_len, head_dim, dtype, block, k_bits=2, v_bits=2, group_size=32,
-               residual=128, sink=0, shrink=1.0, sliding=None):
+def kivi_bytes(batch, n_kv_heads, max_len, head_dim, dtype, block, k_bits=2, v_bits=2,
+               group_size=32, residual=128, sink=0, shrink=1.0, sliding=None):
     """Bytes of a KiviCache by part. `block`: tokens that its attention reads at a time.
 
     There is room for the codes of whole residuals, and of whole bytes at 2 bits: 4 groups. Behind
@@ -205,7 +215,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def keys_like(*shape, seed=0, dtype=torch.float32):
-    """Random K with a few large channels, as real keys have: a wrong axis of the scale then shows."""
+    """Random K with a few large channels, as real keys have: they show a scale of a wrong axis."""
     loud = 1 + 9 * (torch.arange(shape[-1]) % 7 == 3)
     return (randn(*shape, seed=seed) * loud + 0.5 * loud).to(dtype)
 

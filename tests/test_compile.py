@@ -24,6 +24,7 @@ from study.models import random_model
 CPU = torch.device("cpu")
 FULL = {"kv": "bf16"}
 FOUR = {"kv": "kivi2", "k_bits": 4, "group_size": 16, "residual": 16}
+only_eager = pytest.mark.parametrize("backend", ("eager",), indirect=True)
 
 
 @pytest.fixture(params=("eager", pytest.param("inductor", marks=pytest.mark.slow)))
@@ -71,6 +72,7 @@ def test_the_compiled_step_equals_the_eager_one(name, options, folders, backend)
     assert torch.equal(generate.generate(net, tokens(20), 40, stop=(), **options), eager)
 
 
+@only_eager
 def test_layers_of_the_same_bits_share_a_compilation(model, tmp_path, backend):
     """Guards against a compilation a layer: minutes for a model of 32."""
     made = []
@@ -129,6 +131,7 @@ def test_compiled_prefill_gives_the_same_bytes(options, checkpoint, backend):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@only_eager
 def test_one_kv_head_compiles_before_the_first_prompt(backend):
     """Guards against a warm-up of one block of bytes, a size that the compiler takes for a
     constant: the first prompt would compile again."""

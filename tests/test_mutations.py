@@ -79,8 +79,8 @@ def the_sliding_window_is_a_token_too_long(original, cache, pos, t):
 
 
 @bug(KiviCache, "store")
-def every_row_gets_codes_with_the_others(original, cache, name, group, token, chosen, new):
-    original(cache, name, group, token, chosen.any().expand_as(chosen), new)
+def codes_go_to_the_rows_that_are_not_due(original, cache, name, group, token, chosen, new):
+    original(cache, name, group, token, ~chosen, new)
 
 
 @bug(KiviCache, "store")

@@ -1,4 +1,4 @@
-"""The command line of generate.py: every --kv, wrong input, sampling, conversations, compilation."""
+"""The command line of generate.py: every --kv, wrong input, compilation, conversations."""
 import json
 import os
 import pty

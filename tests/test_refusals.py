@@ -6,7 +6,7 @@ import pytest
 import quantize as qz
 import torch
 from cache_cases import append, assert_same, fill, make_cache, make_tokens, refused, state
-from kivi import KiviCache
+from kivi import FullCache, KiviCache
 from reference_cache import DTYPES, randn
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,11 +64,16 @@ def test_codes_that_do_not_fill_a_byte_are_refused(n, bits):
     ({"residual": 16}, 16), ({"residual": 0}, 0), ({"residual": -32}, -32), ({"k_bits": 3}, 3),
     ({"v_bits": 1}, 1), ({"k_bits": 16}, 16), ({"sink": -1}, -1), ({"shrink": 1.5}, 1.5),
     ({"shrink": 0.2}, 0.2), ({"shrink": math.nan}, "nan"), ({"max_len": 0}, 0),
-    ({"max_len": -5}, -5), ({"batch": 0}, 0), ({"sliding": 0}, 0), ({"sliding": -3}, -3)))
+    ({"max_len": -5}, -5), ({"batch": 0}, 0), ({"sliding": 0}, 0), ({"sliding": -3}, -3),
+    ({"n_kv_heads": 0}, 0), ({"head_dim": 0}, 0), ({"dtype": torch.float64}, torch.float64),
+    ({"dtype": torch.int32}, torch.int32)))
 def test_a_wrong_construction_is_refused_by_name(bad, named):
     """Guards against a failure hundreds of tokens later, when the first keys get codes."""
     arguments = {"batch": 1, "n_kv_heads": 2, "max_len": 256, "head_dim": 64} | bad
-    refused(lambda: KiviCache(**arguments), named, *list(bad)[:1])
+    name = [] if "dtype" in bad else list(bad)[:1]
+    refused(lambda: KiviCache(**arguments), named, *name)
+    if bad.keys() <= {"batch", "n_kv_heads", "max_len", "head_dim", "sliding", "dtype"}:
+        refused(lambda: FullCache(**arguments), named, *name)
 
 
 @both_caches
@@ -88,10 +93,11 @@ def test_a_full_cache_raises_and_names_its_capacity(name):
 @pytest.mark.parametrize("which", ("k", "v"))
 @pytest.mark.parametrize("dtype, bad", (
     (torch.float32, math.nan), (torch.float32, math.inf), (torch.float32, -math.inf),
-    (torch.float16, math.inf), (torch.bfloat16, math.nan), (torch.bfloat16, 1e5),
-    (torch.bfloat16, -1e5)))
+    (torch.float32, 3e38), (torch.float16, math.inf), (torch.bfloat16, math.nan),
+    (torch.bfloat16, 1e5), (torch.bfloat16, -1e5)))
 def test_what_cannot_be_stored_is_refused_and_changes_nothing(name, which, dtype, bad):
-    """NaN, inf, and bfloat16 numbers beyond float16, as which scales and zeros are stored.
+    """NaN, inf, a range that may overflow, and bfloat16 numbers beyond float16, as which scales and
+    zeros are stored.
 
     Guards against a poisoned group, and a refused call that leaves half of its work behind.
     """
@@ -145,7 +151,7 @@ def test_a_second_prefill_is_refused(name):
 
 
 @both_caches
-@pytest.mark.parametrize("lengths", ([71, 3], [3, 0], [3, -1], [3], [3, 3, 3], []))
+@pytest.mark.parametrize("lengths", ([71, 3], [3, 0], [3, -1], [2.5, 3], [3], [3, 3, 3], []))
 def test_impossible_lengths_are_refused(name, lengths):
     """Guards against a row that reads past its padding."""
     _, k, v = make_tokens(name, 2, 70)
