@@ -517,6 +517,30 @@ def test_a_parked_row_disturbs_no_other():
     assert rel(cache.attend(q)[1, :, 0], attention64(q[1, :, 0], *wanted)) <= 1e-5
 
 
+def test_a_parked_cache_starts_over():
+    """Guards against old codes under the new ones: nothing but their lengths says they are old."""
+    q, k, v = make_tokens("small window", 2, 300)
+    cache = make_cache(batch=2)
+    fill(cache, k * 7, v * 7, (300, 290))
+    cache.park(0)
+    cache.park(1)
+    fill(cache, k, v, (20, 70), steps=140)
+    check_reads(cache, "small window", q, k, v, [160, 210])
+
+
+@pytest.mark.parametrize("max_len", (200, 300))
+def test_tokens_that_never_fill_a_block_need_no_codes(max_len):
+    """One row is in a block of keys that stays incomplete, behind the room for codes, while another
+    gets codes. Guards against codes written there, and codes that only the window needs."""
+    q, k, v = make_tokens("paper", 2, max_len)
+    cache = make_cache("paper", 2, max_len)
+    whole = max_len // 128 * 128
+    lengths = [whole - 5, max_len - 20]
+    assert cache.capacity == whole
+    fill(cache, k, v, lengths, steps=20)
+    check_reads(cache, "paper", q, k, v, [n + 20 for n in lengths])
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Any order of prefills, appends and resets of two ragged rows. After every step the cache is
     compared with the closed form, and with a new one that got the same tokens in one prefill."""

@@ -12,6 +12,10 @@ from fused.attention import compiled_attention
 from fused.linear_launches import SMALL, compiled_weights
 from kivi import KiviCache, quantize_groups
 
+# Else Inductor skips the rounding of a scale to 16 bits before it divides by it, and codes differ
+# from those of uncompiled code.
+EXACT = {"emulate_precision_casts": True}
+
 
 def start(model, tokens, pos):
     """x [B, 1, dim] and the rotation of the tokens [B, 1] at pos [B]."""
@@ -61,7 +65,7 @@ class Step:
 def compiled_step(config, device):
     """The same functions, compiled for `device`."""
     cuda = torch.device(device).type == "cuda"
-    compiled = partial(torch.compile, fullgraph=True, options=SMALL if cuda else None)
+    compiled = partial(torch.compile, fullgraph=True, options=EXACT | (SMALL if cuda else {}))
     linear = compiled
     if cuda and config.weights is not None:
         linear = partial(compiled_weights, joined=not config.parallel)
@@ -79,7 +83,7 @@ def compiled_step(config, device):
 
 def compiled_quantizer():
     """`kivi.quantize_groups`, compiled: one pass over a prompt's K or V instead of a dozen."""
-    compiled = torch.compile(quantize_groups, fullgraph=True)
+    compiled = torch.compile(quantize_groups, fullgraph=True, options=EXACT)
 
     def quantizer(x, keep, config, name):
         B, Hk, _, G, D = x.shape

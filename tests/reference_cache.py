@@ -1,4 +1,4 @@
-"""What the tests of quantize.py and kivi.py compare with, written from the paper, not from the code.
+"""What the tests of quantize.py and kivi.py compare with: written from the paper, not the code.
 
 A quantizer on Python floats with the bound of its error, what one row of a cache shows at length T,
 attention in float64, the bytes of a cache counted from its shapes, and hostile numbers.
