@@ -521,7 +521,7 @@ def test_a_parked_cache_starts_over():
     """Guards against old codes under the new ones: nothing but their lengths says they are old."""
     q, k, v = make_tokens("small window", 2, 300)
     cache = make_cache(batch=2)
-    fill(cache, k * 7, v * 7, (300, 290))
+    fill(cache, k.flip(2), v.flip(2), (300, 290))
     cache.park(0)
     cache.park(1)
     fill(cache, k, v, (20, 70), steps=140)

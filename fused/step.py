@@ -86,9 +86,11 @@ def compiled_quantizer():
     compiled = torch.compile(quantize_groups, fullgraph=True, options=EXACT)
 
     def quantizer(x, keep, config, name):
-        B, Hk, _, G, D = x.shape
-        keep = keep.expand(B, Hk, -1, G, 1).reshape(1, 1, -1, G, 1)
-        x = x.reshape(1, 1, -1, G, D)
+        B, Hk, n_groups, G, D = x.shape
+        if B * Hk * n_groups <= 4:  # one stack, a number that would be compiled as a constant
+            return quantize_groups(x, keep, config, name)
+        keep = keep.expand(B, Hk, -1, G, 1).reshape(-1, G, 1)[None, None]
+        x = x.reshape(-1, G, D)[None, None]
         for tensor in (x, keep):  # one compilation for all lengths and batches
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
         parts = compiled(x, keep, config, name)

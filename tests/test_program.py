@@ -2,6 +2,7 @@
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import signal
@@ -70,6 +71,7 @@ def test_the_program_runs_for_every_kv(kv, checkpoint, tmp_path):
     check_run(kv, name, *run(*arguments))
 
 
+@pytest.mark.slow
 def test_the_program_runs_as_a_process(checkpoint, tmp_path):
     """Guards against what only a process shows: an import that the tests have done already."""
     name, arguments = arguments_for("kvtuner", checkpoint, tmp_path)
@@ -203,30 +205,37 @@ def test_a_prompt_that_is_no_text_gets_one_line():
 
 # ---- compilation --------------------------------------------------------------------------------
 
-def choose(steps, choice=None, cuda=True, **options):
-    """(the line about the compilation, was the model compiled and with which `prefill`?)"""
+def choose(steps, tokens=1000, choice=None, cuda=True, **options):
+    """(the line about the compilation, was the model compiled and with which `prefill`?) of a
+    model like Llama-3.1-8B."""
     model = Mock()
     model.embed.weight.is_cuda = cuda
-    why = report.compile_if_it_pays(SimpleNamespace(model=model, compile=choice), steps, **options)
+    model.config = SimpleNamespace(n_layers=32, n_kv_heads=8, head_dim=128)
+    run_of = SimpleNamespace(model=model, compile=choice)
+    why = report.compile_if_it_pays(run_of, steps, tokens, **options)
     return why, [call.kwargs["prefill"] for call in model.compile.call_args_list]
 
 
 def test_a_compilation_is_chosen_where_it_pays():
     """Guards against half a minute of compiling for a sentence, against a choice that no line
     explains, and against a line about what the user has chosen himself."""
-    pays = report.COMPILE_PAYS
-    takes = f"about {report.COMPILE_TAKES['cuda']} s"
-    assert choose(pays - 1) == (
-        f"not compiling the decode step, which takes {takes}: it pays from {pays} steps on, "
-        f"here are {pays - 1} (--compile does it)", [])
-    assert choose(pays, prefill=True) == (
-        f"compiling the decode step, {takes}: {pays} steps pay for it "
-        "(--no-compile leaves it out)", [True])
+    takes = report.COMPILE_TAKES["cuda"]
+    why, compiled = choose(10)
+    assert compiled == [] and re.fullmatch(
+        rf"not compiling the decode step: that takes about {takes} s and saves about 0\.\d s "
+        r"in 10 steps \(--compile does it\)", why)
+    why, compiled = choose(10**5, prefill=True)
+    assert compiled == [True] and re.fullmatch(
+        rf"compiling the decode step, about {takes} s: it saves about \d+ s in 100000 steps "
+        r"\(--no-compile leaves it out\)", why)
+    fewest = [next(steps for steps in range(0, 10**5, 10) if choose(steps, tokens)[1])
+              for tokens in (10, 10**4, 10**6)]
+    assert fewest == sorted(fewest, reverse=True) and fewest[2] < fewest[0] / 2, fewest
     why, compiled = choose(1, interactive=True)
     assert "a conversation pays for it" in why and compiled == [False]
     for cuda in (True, False):
-        assert choose(1, True, cuda) == (None, [False])
-        assert choose(10**6, False, cuda) == (None, [])
+        assert choose(1, choice=True, cuda=cuda) == (None, [False])
+        assert choose(10**6, choice=False, cuda=cuda) == (None, [])
     assert choose(10**6, cuda=False) == (None, [])
 
 
