@@ -232,7 +232,7 @@ class FullCache(Cache):
         rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim)
         k, v = (window[:, :, : len(t)] for window in (self.k_window, self.v_window))
         seen = self.seen(pos, t)[:, None, None]  # [B, 1, 1, n]
-        return F.scaled_dot_product_attention(rows, k, v, seen).view(q.shape)
+        return F.scaled_dot_product_attention(rows, k, v, seen).reshape(q.shape)
 
     def dequantized(self):
         """(k, v) [B, Hk, L, D]: what attend reads."""

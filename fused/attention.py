@@ -106,7 +106,8 @@ def full_attention(cache, q, pos, t, grouped):
     k, v = (first(x, t.shape[0]) for x in (cache.k_window, cache.v_window))
     rows = q if grouped else q.reshape(len(q), k.shape[1], -1, k.shape[3])
     seen = cache.seen(pos, t)[:, None, None]  # [B, 1, 1, n]
-    return F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped).view(q.shape)
+    out = F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped)
+    return out.reshape(q.shape)
 
 
 def first(x, n, *inner):
@@ -153,10 +154,25 @@ def packed_scores(cache, rows, n_blocks):
     of_zero = of_zero.unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
     scores = []
     for a, (codes, factor) in enumerate(numbers(packed, bits, rows.dtype)):
-        folded = rows[:, :, None, None] * scale[:, :, :, :, a, None]  # [B, Hk, nb, U, M, D]
-        of_codes = product((folded, codes, factor * unit)).transpose(3, 4)  # [.., M, U, G]
+        parts = fold(rows[:, :, None, None], scale[:, :, :, :, a, None], cache.dtype)
+        of_codes = product(*((part, codes, factor * unit) for part in parts))
+        of_codes = of_codes.transpose(3, 4)  # [B, Hk, nb, M, U, G]
         scores.append((of_codes + of_zero[..., a, None]).flatten(-2))
     return scores
+
+
+def fold(rows, scale, dtype):
+    """rows * scale [B, Hk, nb, U, M, D], in parts that add up to it.
+
+    Rounded to float16 once, a score is 5e-4 off where keys have loud channels: little beside the
+    rounding of a bfloat16 result, but more than that of a float16 one, which gets two parts.
+    """
+    if dtype != torch.float16 or not rows.is_cuda:
+        return [rows * scale]
+    exact = rows.float() * scale.float()
+    # By its bits: Inductor would not round on the way to float16 and back.
+    high = (exact.view(torch.int32) & -(2**13)).view(torch.float32)
+    return [high.to(torch.float16), (exact - high).to(torch.float16)]
 
 
 def softmax_of_blocks(cache, scores, pos, starts):
@@ -326,7 +342,8 @@ def kernel_kind(features):
             return "packed"
         # The window has R + 1 slots, a sum of odd length. Of a few rows one pass is shorter.
         values = n.isdigit() and int(n) % 32 and torch.float32 not in types
-        return "window" if values and features.numel > 2**13 else "plain"
+        numel = str(features.numel)  # of the window, a number
+        return "window" if values and numel.isdigit() and int(numel) > 2**13 else "plain"
     if not features.is_reduction() or n.isdigit() and int(n) > 512:
         return None
     return "softmax" if n.isdigit() else "blocks"

@@ -4,7 +4,8 @@ A compilation takes 10 to 25 seconds on a CPU, so most cases are slow ones (KIVI
 """
 import pytest
 import torch
-from cache_cases import CASES, SHAPES, assert_same, at, fill, make_cache, make_tokens, state
+from cache_cases import (
+    CASES, SHAPES, assert_same, at, fill, make_cache, make_tokens, refused, state)
 from fused.attention import compiled_attention
 from fused.step import compiled_quantizer, compiled_step
 from reference_cache import DTYPES, HALF_EPS, attention64
@@ -59,6 +60,18 @@ def test_the_fused_attention_is_as_close_to_the_truth(name, dtype, fresh_compile
     for lengths in ((1, R - 1, R), (R + 1, 2 * R + 18, 300), (3, 450, 649), (649, 1, 600)):
         for calm in (1, 64):
             check_attentions(name, dtype, attend, lengths, calm)
+
+
+@pytest.mark.parametrize("name", ("small window", "full"))
+def test_the_fused_attention_refuses_the_same(name):
+    """Before anything is compiled. Guards against NaN, or an error of the compiler, in silence."""
+    attend = compiled_attention("cpu")
+    q, k, v = make_tokens(name, 2, 40)
+    cache = make_cache(name, 2)
+    refused(lambda: attend(cache, q), "prefill", "append")
+    fill(cache, k, v, [40, 3])
+    for wrong in (q[:, :3], q[:1], q[..., :16], q.bfloat16(), q.expand(-1, -1, 2, -1)):
+        refused(lambda: attend(cache, wrong), "q", "multiple")
 
 
 class Layer:

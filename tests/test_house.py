@@ -31,7 +31,7 @@ program.parallel program.memory program.report program.chat program.batch progra
 study.measure study.models study.prompts study.variants study.throughput study.memory study.quality
 bench
 """.split()
-SCRIPTS = ("examples", "tiny")  # programs beside the product: no module imports them
+SCRIPTS = ("examples",)  # programs beside the product: no module imports them
 # The command line stands in program/, which imports generate.
 EXCEPTIONS = {("generate", "program.cli")}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
