@@ -97,7 +97,7 @@ class Decoder:
         cache = self.model.cache
         cache.advance()
         length = bucket(cache.length, cache.block) if self._captures else cache.length
-        t = cache.tokens(length)  # int32 [n]
+        t = cache.tokens(length)  # [n]
         if self._is_prepared(len(t)):
             self._run(t)
             if cache.completes_key_block():

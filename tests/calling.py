@@ -20,14 +20,15 @@ FIELDS = {  # of the JSON object
 }
 
 
-def process(*args, stdin=None, env=ENV):
+def process(*args):
     """A Python process in the project's folder: its returncode, stdout and stderr."""
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
-                          timeout=300, input=stdin, env=os.environ | env, cwd=ROOT)
+                          timeout=300, env=os.environ | ENV, cwd=ROOT)
 
 
-def command(*args, stdin=None):
-    return process(ROOT / "generate.py", *args, stdin=stdin)
+def command(*args):
+    """generate.py as a process."""
+    return process(ROOT / "generate.py", *args)
 
 
 def run(*args, main=cli.main, out=None, err=None):

@@ -1,4 +1,5 @@
 """The command line of generate.py: every --kv, wrong input, compilation, conversations."""
+import io
 import json
 import os
 import pty
@@ -311,16 +312,17 @@ def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypa
 
 # ---- conversations ------------------------------------------------------------------------------
 
-def test_interactive_answers_every_line(checkpoint):
+def test_interactive_answers_every_line(checkpoint, monkeypatch):
     """Guards against an end of input that is a traceback, an empty line that counts, and a second
     prompt that does not follow the first."""
-    done = command("--checkpoint", checkpoint, "--interactive", "--max-new-tokens", 8,
-                   "--temperature", 0, stdin="one\n\none\n")
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    prompts = [int(line.split()[0]) for line in done.stderr.splitlines() if "new tokens" in line]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\none\n"))
+    code, out, err = run("--checkpoint", checkpoint, "--interactive", "--max-new-tokens", 8,
+                         "--temperature", 0)
+    assert code == 0 and "Traceback" not in err
+    prompts = [int(line.split()[0]) for line in err.splitlines() if "new tokens" in line]
     # Bytes of "one" and BOS, then the text so far, too.
     assert len(prompts) == 2 and prompts[0] == 4 and prompts[1] > 7
-    assert done.stdout.count("> one") == 2
+    assert out.count("> one") == 2
 
 
 class Console:
