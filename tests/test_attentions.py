@@ -18,11 +18,11 @@ EVERY_CASE = [
     for name in SHAPES for dtype in DTYPES
 ]
 
-
 # How far the fused attention may exceed 1.1 times the error of the plain one, in half eps of the
 # dtype. In half precision that is the rounding of the result. In float32 the fused form computes
-# every score and every sum in two shares, of codes and of zeros, that largely cancel.
-SLACK = {torch.float32: 64, torch.bfloat16: 1, torch.float16: 1}
+# every score and every sum in two shares, of codes and of zeros, that largely cancel: up to 55 half
+# eps were seen, of long rows of values without a mean. 1e-5 would be 168.
+SLACK = {torch.float32: 96, torch.bfloat16: 1, torch.float16: 1}
 
 
 def check_attentions(name, dtype, attend, lengths, calm):
@@ -96,21 +96,22 @@ def test_compiled_steps_leave_the_same_bytes(name, dtype, fresh_compiler):
     """Prompts and steps, compiled and plain. Guards against a compiler that divides or rounds in
     another way, and a compiled step that quantizes in rows which are too short."""
     R = CASES[name][3]["residual"]
-    lengths = [1, R - 1, R + 18]
     q, k, v = make_tokens(name, 3, 3 * R + 40, dtype)
     plain, compiled = make_cache(name, 3, dtype=dtype), make_cache(name, 3, dtype=dtype)
     compiled.quantizer = compiled_quantizer()
     step = compiled_step(None, "cpu")
     layer = Layer(compiled)
-    for cache in (plain, compiled):
-        fill(cache, k, v, lengths)
-    for t in range(R + 20):
+    for lengths in ([1, R - 1, 2 * R + 18], [1, 5, R - 3]):
+        for cache in (plain, compiled):
+            cache.reset()
+            fill(cache, k, v, lengths)
+        for t in range(R + 20):
+            assert_same(state(compiled), state(plain))
+            k_new, v_new = (at(x, [n + t for n in lengths]) for x in (k, v))
+            plain.append(k_new, v_new)
+            compiled.advance()
+            assert torch.equal(step.before(layer, q, k_new, v_new, compiled.pos), q)
+            if compiled.completes_key_block():
+                step.flush(layer, compiled.pos)
+            compiled.pos += 1
         assert_same(state(compiled), state(plain))
-        k_new, v_new = (at(x, [n + t for n in lengths]) for x in (k, v))
-        plain.append(k_new, v_new)
-        compiled.advance()
-        assert torch.equal(step.before(layer, q, k_new, v_new, compiled.pos), q)
-        if compiled.completes_key_block():
-            step.flush(layer, compiled.pos)
-        compiled.pos += 1
-    assert_same(state(compiled), state(plain))
