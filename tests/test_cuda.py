@@ -128,9 +128,9 @@ def test_attention_of_a_full_cache(n_heads, sliding, fresh_compiler):
 @pytest.mark.parametrize("name", ("paper", "all at once"))
 @torch.no_grad()
 def test_attention_finds_the_same_bytes_compiled(name, dtype, fresh_compiler):
-    """Prompts and steps, compiled and plain, of the same K and V. Guards against a scale that is not
-    rounded before it divides, a division that is not exact, and a compiled step that quantizes
-    rows that are too short."""
+    """Prompts and steps, compiled and plain, leave the same bytes. Guards against a scale that is
+    not rounded before it divides, a division that is not exact, and a compiled step that
+    quantizes rows that are too short."""
     R = CASES[name][3]["residual"]
     lengths = [1, R - 1, R + 18]
     q, k, v = (x.to(DEVICE) for x in make_tokens(name, 3, 2 * R + 60, dtype))

@@ -369,6 +369,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program():
         os.close(console.master)
 
 
+@pytest.mark.slow
 def test_the_turns_of_a_conversation_share_one_compilation(monkeypatch, fresh_compiler):
     """Guards against a recompilation every turn: half a minute each on a GPU. (Dynamo decides
     that; Inductor stays out of it.)"""
