@@ -15,8 +15,8 @@ BANDWIDTH = {  # name of a device -> GB/s of its memory, as its data sheet says
     "NVIDIA GeForce RTX 3090": 936,
 }
 COMPILE_TAKES = {"cuda": 37, "cpu": 40}  # seconds with empty caches, at any depth of the model
-# Seconds that a compiled step on CUDA saves: for the many small kernels of a layer, and for each
-# element of its K and V, which an uncompiled one writes out in full precision.
+# Seconds that a compiled step on CUDA saves, estimated: for the many small kernels of a layer, and
+# for each element of its K and V, which an uncompiled one writes out in full precision.
 SAVED_A_LAYER = 2.5e-4
 SAVED_AN_ELEMENT = 1e-11
 PROFILED = 10  # decode steps of a profile

@@ -63,6 +63,8 @@ def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tok
     }
     labels = dict.fromkeys(["full precision", *caches])  # that first, and once
     chosen = {label: CACHES.get(label, {"kv": label}) for label in labels}
+    for cache in chosen.values():
+        model.kv_configs(**cache)  # what is wrong with one should be known before all is measured
     chosen |= STUDY if study else {}
     lengths = [length for length in lengths if length <= model.config.max_len]
     longest = lengths[-1] if lengths else windows.shape[1]

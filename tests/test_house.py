@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LINES, TEST_LINES, FUNCTION_LINES = 100, 420, 700, 60
 README_LINES, README_WIDTH = 150, 120
-TOKENS = 45_000  # code tokens of all that is no test
+TOKENS = 41_500  # code tokens of all that is no test
 TOP = {"quantize.py", "kivi.py", "model.py", "generate.py", "bench.py", "test_kivi.py"}
 # Every module of the product. One may import only those above it.
 ORDER = """
