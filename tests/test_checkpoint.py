@@ -117,6 +117,7 @@ print(peak() - before, sum(p.nbytes for p in net.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_peak_memory_is_the_weights_and_one_tensor(tmp_path):
     """The peak of a process that loads three shards of 60 MB, mapped pages included. Guards against

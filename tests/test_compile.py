@@ -72,6 +72,7 @@ def test_the_compiled_step_equals_the_eager_one(name, options, folders, backend)
     assert torch.equal(generate.generate(net, tokens(20), 40, stop=(), **options), eager)
 
 
+@pytest.mark.slow
 @only_eager
 def test_layers_of_the_same_bits_share_a_compilation(model, tmp_path, backend):
     """Guards against a compilation a layer: minutes for a model of 32."""

@@ -51,6 +51,7 @@ def test_the_memory_formula_knows_the_flush():
     assert 0.6 * activations <= peak_allocation(model.flush) <= 1.05 * activations
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_quantized_weights_take_the_memory_that_the_formula_says(tmp_path, monkeypatch):
     """Bytes of weights by hand, from shapes; the activations as in

@@ -147,7 +147,7 @@ def one_layer_without_flush(mp):
 
 
 @pytest.mark.parametrize("bug", (
-    v_per_channel,
+    pytest.param(v_per_channel, marks=pytest.mark.slow),
     pytest.param(no_residual, marks=pytest.mark.slow),
     pytest.param(one_layer_without_flush, marks=pytest.mark.slow),
 ), ids=lambda bug: bug.__name__)

@@ -83,6 +83,7 @@ def test_the_throughput_benchmark_runs_as_a_user_calls_it(tmp_path):
     assert "(largest)" in out
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_ended_writes_what_it_has_measured(tmp_path):
     """SIGTERM, as `timeout` sends it, after the first row. Guards against hours of measuring
     without a file."""
