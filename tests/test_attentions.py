@@ -117,3 +117,14 @@ def test_compiled_steps_leave_the_same_bytes(name, dtype, fresh_compiler):
                 step.flush(layer, compiled.pos)
             compiled.pos += 1
         assert_same(state(compiled), state(plain))
+
+
+def test_plain_attention_runs_under_autocast():
+    """Guards against sums of two dtypes, which end in a library's message."""
+    q, k, v = make_tokens("paper", 1, 200)
+    cache = make_cache("paper")
+    cache.prefill(k, v)
+    wanted = cache.attend(q)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cache.attend(q)
+    assert got.dtype == wanted.dtype and (got - wanted).norm() < 0.03 * wanted.norm()

@@ -99,16 +99,35 @@ def layer_sum(models, i, x, cos, sin):
     return total
 
 
-@pytest.mark.parametrize("family", ("llama", "all biases", "qwen 2", "qwen 3", "one KV head"))
+def fuse_weights(folder):
+    """Makes a Phi-3 of a Llama without biases: q, k, v in one tensor, gate and up in another."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for target, parts in fused.items():
+        for name in [name for name in tensors if name.endswith(f"{parts[0]}.weight")]:
+            rows = [tensors.pop(name.replace(parts[0], part)) for part in parts]
+            tensors[name.replace(parts[0], target)] = torch.cat(rows)
+    save_file(tensors, file)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Phi3ForCausalLM"], "attention_bias": False, "mlp_bias": False}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("family", ("llama", "all biases", "qwen 2", "qwen 3", "one KV head",
+                                    "phi 3"))
 @torch.no_grad()
 def test_the_shares_of_two_processes_add_up_to_the_layer(family, tmp_path):
     """Without processes: what the two shares of a layer compute before they are summed adds up to
     the whole layer. Guards against the wrong rows of q, k, v, gate or up, and a bias that counts
     twice."""
     biases = {"attention_bias": True, "mlp_bias": True}
-    folder = make_checkpoint(tmp_path / "full", **FAMILIES.get(family, biases))
+    changes = FAMILIES["llama"] if family == "phi 3" else FAMILIES.get(family, biases)
+    folder = make_checkpoint(tmp_path / "full", **changes)
     if family == "all biases":
         add_biases(folder)
+    if family == "phi 3":
+        fuse_weights(folder)
     whole = Transformer.from_pretrained(folder)
     parts = [Transformer.from_pretrained(folder, ranks=(rank, 2)) for rank in range(2)]
     x = randn(2, 7, 64)
