@@ -3,7 +3,7 @@
     python bench.py attention      one layer's decode attention: the library's best, and the caches
     python bench.py decode         a whole decode step of Llama shapes, random weights
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
-    python bench.py memory         bytes a token of every cache, and the peak of whole runs
+    python bench.py memory         bytes a token of every cache, by the formula
     python bench.py quality        perplexity, KL and retrieval through the cache
 
 decode and throughput need CUDA, and refuse another machine at once; only throughput --models tiny
@@ -16,24 +16,22 @@ import itertools
 import json
 import math
 import signal
-import sys
 from functools import partial
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
 
 from fused.attention import compiled_attention
-from generate import Decoder
 from kivi import PRESETS, FullCache, KiviCache, KVConfig
-from program.cli import usable_device
-from program.parallel import leave, rank
+from program.cli import guarded, usable_device
+from program.memory import kv_read, weights_read
+from program.parallel import rank
 from study import memory, quality, throughput
 from study.measure import (
-    Results, add_ratios, clock, clock_calls, copy_bandwidth, print_table, say,
+    Results, add_ratios, clock_calls, copy_bandwidth, print_table, say,
 )
 from study.models import (
-    LARGE, at_length, clear, compile_step, model_config, random_caches, random_model, step_bytes,
+    LARGE, MODELS, clear, compile_step, library_attention, random_caches, random_model,
     step_seconds,
 )
 
@@ -52,6 +50,7 @@ SHAPES = {  # name -> batch, heads, KV heads, tokens, head_dim
 CONFIGS = {
     "kivi2": PRESETS["kivi2"],
     "kivi2+": PRESETS["kivi2+"],
+    "kivi2-": PRESETS["kivi2-"],
     "kivi2 G64": KVConfig(group_size=64),
     "kivi2 G128": KVConfig(group_size=128),
     "kivi4": PRESETS["kivi4"],
@@ -83,7 +82,7 @@ def attention(results, device, shapes, caches):
         k, v = torch.randn(2, batch, n_kv_heads, length, head_dim, **kind)
         k[..., torch.randperm(head_dim)[:4]] *= 20  # some channels are large, as in real keys
         for form, start in forms(device, caches).items():
-            clear(device)
+            clear()
             try:
                 seconds, n_bytes, error = time_form(start, q, k, v)
             except Exception as failure:  # one form must not end the table
@@ -106,18 +105,16 @@ def attention(results, device, shapes, caches):
 def forms(device, caches):
     """The rows of the table: name -> function of q, k, v, see `over_tensors` and `over_cache`."""
     attend = compiled_attention(device)
-    flex = torch.compile(flex_attention, dynamic=False)
     return {
         "SDPA, heads as rows": partial(over_tensors, heads_as_rows),
-        "SDPA, enable_gqa": partial(over_tensors, F.scaled_dot_product_attention),
-        "FlexAttention": partial(over_tensors, flex),
+        "SDPA, enable_gqa": partial(over_tensors, library_attention),
         "FullCache, masked": partial(over_cache, attend, FullCache, 0),  # what --kv bf16 runs
         **{name: partial(over_cache, attend, partial(KiviCache, **vars(CONFIGS[name])), 256)
            for name in caches},
     }
 
 
-def heads_as_rows(q, k, v, enable_gqa=True):
+def heads_as_rows(q, k, v):
     """The library's attention, with the query heads of a KV head as the rows of one product."""
     rows = q.view(*k.shape[:2], -1, k.shape[3])
     return F.scaled_dot_product_attention(rows, k, v).view(q.shape)
@@ -125,8 +122,7 @@ def heads_as_rows(q, k, v, enable_gqa=True):
 
 def over_tensors(run, q, k, v):
     """The library's attention: (a call over a copy of K and V, bytes it reads, what it reads)."""
-    grouped = q.shape[1] != k.shape[1]
-    return partial(run, q, k.clone(), v.clone(), enable_gqa=grouped), k.nbytes + v.nbytes, (k, v)
+    return partial(run, q, k.clone(), v.clone()), k.nbytes + v.nbytes, (k, v)
 
 
 def over_cache(attend, make, room, q, k, v):
@@ -169,15 +165,18 @@ def decode(results, device, models, weights, caches, batch, tokens, capacity, la
     """a whole decode step of Llama shapes, random weights (needs CUDA)"""
     bandwidth = copy_bandwidth(results, device)
     for name, form in itertools.product(models, weights):
-        clear(device)
-        model = random_model(model_config(name, layers), device, None if form == "bf16" else form)
+        clear()
+        model = random_model(MODELS[name], device, layers, form)
         for kv in caches:
             rows, present = batch or STEPS[name][0], tokens or STEPS[name][1]
             row = {"model": name, "batch": rows, "tokens": present,
                    "capacity": capacity or present + 256, "form": form, "kv": kv}
-            row["ms"], row["first_step_s"] = time_step(model, rows, present, row["capacity"], kv)
-            row["tokens_per_s"] = rows / row["ms"] * 1e3
-            row["weights"], row["kv_bytes"] = step_bytes(model, rows, present)
+            random_caches(model, rows, row["capacity"], kv)
+            compile_step(model, kv)
+            seconds, row["first_step_s"] = step_seconds(model, present - 1, 20)
+            row["ms"] = 1e3 * seconds
+            row["tokens_per_s"] = rows / seconds
+            row["weights"], row["kv_bytes"] = weights_read(model), rows * kv_read(model, present)
             row["floor_ms"] = (row["weights"] + row["kv_bytes"]) / bandwidth * 1e3
             row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
             results.add(row)
@@ -194,17 +193,6 @@ def decode(results, device, models, weights, caches, batch, tokens, capacity, la
          f"{row['ms']:.2f} | {row['tokens_per_s']:.0f} | "
          f"{100 * row['floor_ms'] / row['ms']:.0f} % | {row['ratio'] or math.nan:.2f} | "
          f"{row['peak_GB']:.1f} | {row['first_step_s']:.0f}" for row in rows])
-
-
-def time_step(model, batch, present, capacity, kv):
-    """(milliseconds of a step after which rows hold `present` tokens, seconds of the first)."""
-    random_caches(model, batch, capacity, kv)
-    compile_step(model, kv)
-    at_length(model, present - 1)
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.embed.weight.device)
-    decoder = Decoder(model, token, temperature=0.0)
-    first = clock(decoder, token.device, 1)  # compiles
-    return 1e3 * step_seconds(decoder, present - 1, 20), first
 
 
 # ---- the program --------------------------------------------------------------------------------
@@ -231,9 +219,12 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 
-def measure(command, device, file, options):
-    """Runs a command and writes what it measured. returns  was it interrupted?"""
-    device = usable_device(device, False, None)
+@torch.no_grad()
+def measure(argv):
+    """Runs a command and writes what it measured, also where it is interrupted."""
+    options = parse(argv)
+    command, device, file = (options.pop(name) for name in ("command", "device", "json"))
+    device = usable_device(device)
     tested = command == "throughput" and options["models"] == ["tiny"]
     if command in ("decode", "throughput") and device.type != "cuda" and not tested:
         raise ValueError(f"{command} measures CUDA graphs: it needs --device cuda")
@@ -241,31 +232,22 @@ def measure(command, device, file, options):
         open(file, "ab").close()  # what cannot be written should be known before hours of measuring
     torch.manual_seed(0)
     results = Results(command, device)
+    unfinished = False
     try:
         COMMANDS[command][0](results, device, **options)
     except KeyboardInterrupt:
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, signal.SIG_IGN)  # `timeout` sends two
-        results.data["unfinished"] = True
-    unfinished = "unfinished" in results.data
-    if file and rank() == 0 and not (unfinished and results.empty()):
+        unfinished = results.data["unfinished"] = True
+    if file and rank() == 0 and (results.rows() or not unfinished):
         results.write(file)
     print(json.dumps(results.data))
-    leave()
-    return unfinished
+    if unfinished:
+        raise KeyboardInterrupt
 
 
 def main(argv=None):
-    options = parse(argv)
-    command, device, file = (options.pop(name) for name in ("command", "device", "json"))
-    try:
-        with torch.no_grad():
-            unfinished = measure(command, device, file, options)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    if unfinished:
-        sys.exit(130)
+    guarded(measure, argv)
 
 
 if __name__ == "__main__":

@@ -24,24 +24,30 @@ share bytes are a *stack*. Of one row and KV head:
 With 2 bits and G = 32, byte [0, 0, 0] holds channel 0 of tokens 0, 32, 64 and 96, in bits 0-1, 2-3,
 4-5 and 6-7; byte [0, 1, 0] that of tokens 1, 33, 65 and 97; byte [1, 0, 0] of 128, 160, 192, 224.
 Field a of all bytes of a stack is one group of tokens. K has a scale and a zero for each of its
-channels, V for each of its tokens and G channels. Attention reads x = code * scale + zero.
+channels, V for each of its tokens and Gv (mostly G) channels. Attention reads code * scale + zero.
+
+Boost (not the paper's): the n loudest key channels of a row and KV head have codes of twice the
+bits. Their high half stands in the channel's column, the low half in one of n columns behind the
+others: k_packed [stacks, G, D + n]. The columns have the order of k_order, loudest first.
 
 B rows, Hk KV heads, D channels, M query heads a KV head. `fused/attention.py` computes the same.
 """
+from math import prod
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quantize import PRESETS, KVConfig, group_codes, planes  # noqa: F401  (PRESETS: to be at hand)
-from quantize import quantize_groups, round_up, slices, value_codes
+from quantize import PRESETS, KVConfig, channel_order, dequantize, key_codes  # noqa: F401
+from quantize import quantize_groups, round_up, slices, unpack, value_codes
+
+PORTION = 2**21, 2**26  # elements read at once on a CPU, whose caches hold 8 MB, and on CUDA
 
 
 class Cache(nn.Module):
-    """The interface of both caches: `prefill`, `append` and `attend` check what they get.
-
-    A decode step that must never wait for the device calls their parts: `advance` counts on the
-    host; `write`, `quantize_value`, `quantize_keys` and `attention` work on tensors alone.
-    """
+    """The interface of both caches. `prefill`, `append` and `attend` check what they get. A decode
+    step that must never wait for the device calls their parts: `advance` counts on the host;
+    `write`, `quantize_value`, `quantize_keys` and `attention` work on tensors alone."""
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device):
         super().__init__()
@@ -54,35 +60,23 @@ class Cache(nn.Module):
         self.max_len, self.block, self.sliding = max_len, block, sliding
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch  # tokens in each row, as the host counts them
-        self.add("pos", (batch,), torch.int64)  # the same on the device: the next token's number
-        self.add("index", (round_up(max_len, block),), torch.int64)
-        torch.arange(len(self.index), out=self.index)
+        # On the device: the next token's number in each row, all numbers of tokens, and of rows.
+        for name, n in (("pos", batch), ("index", round_up(max_len, block)), ("rows", batch)):
+            self.register_buffer(name, torch.arange(n, device=device), persistent=False)
+        self.pos.zero_()
 
     def add(self, name, shape, dtype, spare=0):
-        """A buffer of zeros, whose address never changes, so that a CUDA graph may be replayed.
+        """A buffer of zeros [B, Hk, entries, ..] at an address that never changes.
 
-        Fused kernels read whole blocks of tokens. The last may end behind a head's entries, in the
-        next head or in the `spare` entries at the end; what is there is masked. 128 unused bytes
-        behind every head keep all slices from being contiguous: a compiler meets one case only.
+        Fused kernels read whole blocks of tokens, into the next head or the `spare` entries behind
+        all, and mask what they find. 128 bytes between heads make any slice alike to them: strided.
         """
-        strides = list(torch.empty(shape, device="meta").stride())
-        if len(shape) > 3:
-            strides[1] += 128 // dtype.itemsize
-            strides[0] = shape[1] * strides[1]
-        size = shape[0] * strides[0] + (spare * strides[2] if spare else 0)
-        storage = torch.zeros(size, dtype=dtype, device=self.device).untyped_storage()
-        buffer = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, shape, strides)
+        heads, head = prod(shape[:2]), prod(shape[2:])
+        stride = head + 128 // dtype.itemsize
+        n = heads * stride + spare * prod(shape[3:])
+        buffer = torch.zeros(n, dtype=dtype, device=self.device)[: heads * stride]
+        buffer = buffer.view(*shape[:2], stride)[..., :head].unflatten(2, shape[2:])
         self.register_buffer(name, buffer, persistent=False)
-
-    @classmethod
-    def sizes(cls, *shape, **options):
-        """Bytes by part of the cache that these arguments make, without allocating it."""
-        parts = {"codes": 0, "metadata": 0, "window": 0, "positions": 0}
-        names = {"packed": "codes", "scale": "metadata", "zero": "metadata", "window": "window"}
-        for name, buffer in cls(*shape, **options, device="meta").named_buffers():
-            part = names.get(name[2:], "positions")
-            parts[part] += buffer.untyped_storage().nbytes()
-        return parts
 
     def _apply(self, fn, recurse=True):
         raise RuntimeError("a cache cannot be moved or cast: make another of that device and dtype")
@@ -94,14 +88,13 @@ class Cache(nn.Module):
 
     @property
     def nbytes(self):
-        """Bytes of all buffers."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers())
 
     def reset(self):
         """Empties the cache and leaves no trace of the old contents."""
         self.lengths[:] = [0] * self.batch  # in place: the layers of a model share the list
         for name, buffer in self.named_buffers():
-            if name != "index":
+            if name not in ("index", "rows"):
                 buffer.zero_()
 
     def check(self, n_tokens, **tensors):
@@ -184,6 +177,28 @@ class Cache(nn.Module):
         self.check(1, q=q)
         return self.attention(q, self.pos - 1, self.tokens(self.length))
 
+    def attention(self, q, pos, t):
+        """`attend` without its checks, of q at pos [B] over the tokens t (see `tokens`)."""
+        # The query heads of a KV head are the rows of one product: each key is read once.
+        rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim)  # [B, Hk, M, D]
+        seen, out = self.seen(pos, t)[:, None, None], []  # [B, 1, 1, n]
+        for heads in self.portions(len(t)):
+            k, v = self.read(pos, len(t), heads)
+            part = rows[:, heads].to(k.dtype)
+            out.append(F.scaled_dot_product_attention(part, k, v, seen))
+            del k, v  # or the next would be read beside them
+        return torch.cat(out, 1).view(q.shape).to(q.dtype)
+
+    def portions(self, n):
+        return [slice(None)]  # of the KV heads, those that are read at a time
+
+    def dequantized(self):
+        """(k, v) [B, Hk, L, D]: what attend reads; zeros beyond a row's length."""
+        pos, t = self.pos - 1, self.tokens(self.length)
+        present = (t <= pos[:, None])[:, None, :, None]
+        kv = self.read(pos, len(t), slice(None))
+        return tuple(torch.where(present, x, 0)[:, :, : self.length] for x in kv)
+
     def tokens(self, length):
         """t [n], 0 .. n - 1: the tokens to read when the longest row has `length`."""
         return self.index[: round_up(max(1, length), self.block)]
@@ -195,10 +210,9 @@ class Cache(nn.Module):
 
     def write(self, k, v, pos):
         """Writes token pos [B] of every row into the window: k, v [B, Hk, 1, D]."""
-        row = torch.arange(self.batch, device=pos.device)
         slot = self.slot(pos)
-        self.k_window[row, :, slot] = k[:, :, 0]
-        self.v_window[row, :, slot] = v[:, :, 0]
+        self.k_window[self.rows, :, slot] = k[:, :, 0]
+        self.v_window[self.rows, :, slot] = v[:, :, 0]
 
     def evicts_value(self):
         return False  # a full-precision cache quantizes nothing
@@ -226,24 +240,15 @@ class FullCache(Cache):
         for window, x in ((self.k_window, k), (self.v_window, v)):
             window[row : row + len(x), :, :n] = torch.where(present, x[:, :, :n], 0)
 
-    def attention(self, q, pos, t):
-        """q [B, H, 1, D] at pos [B] over the tokens t (see `tokens`) -> [B, H, 1, D]."""
-        # The query heads of a KV head are the rows of one product: each key is read once.
-        rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim)
-        k, v = (window[:, :, : len(t)] for window in (self.k_window, self.v_window))
-        seen = self.seen(pos, t)[:, None, None]  # [B, 1, 1, n]
-        return F.scaled_dot_product_attention(rows, k, v, seen).reshape(q.shape)
-
-    def dequantized(self):
-        """(k, v) [B, Hk, L, D]: what attend reads."""
-        return self.k_window[:, :, : self.length], self.v_window[:, :, : self.length]
+    def read(self, pos, n, heads):
+        return self.k_window[:, heads, :n], self.v_window[:, heads, :n]
 
 
 class KiviCache(Cache):
     """One layer's KIVI cache. Buffers are allocated once, and each token is quantized once.
 
     batch, n_kv_heads, max_len (most tokens of a row), head_dim
-    options  of `KVConfig`: k_bits, v_bits, group_size (G), residual (R), sink (S), shrink
+    options  of `KVConfig`: k_bits, v_bits, group_size (G), residual (R), sink (S), boost, ..
     sliding  attention reads only that many of the newest tokens, no older sink (None: all)
     raises   ValueError: see KVConfig.check; source: arXiv 2402.02750, schedule of jy-yuan/KIVI
     """
@@ -255,18 +260,20 @@ class KiviCache(Cache):
         block = c.block(max_len)
         super().__init__(batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device)
         self.config, self.capacity = c, c.capacity(max_len)  # capacity: tokens with room for codes
-        self.quantizer = quantize_groups  # of `fill`; may be replaced by a compiled one
+        self.quantizer = quantize_groups  # of `fill`; a faster one may take its place
         heads, D, G = (batch, n_kv_heads), head_dim, c.group_size
+        columns, Gv = D + c.boosted(D), c.value_group(D)
         n_groups, spare = self.capacity // G, -self.capacity % block // G
         # Of a half-precision cache scales and zeros are float16, which kernels read as they are. It
         # holds bfloat16 numbers from 2^-17 to 65504 exactly, and rounds smaller ones by 2^-25.
         metadata = dtype if dtype == torch.float32 else torch.float16
-        for name, bits, entry in (("k", c.k_bits, (G, D)), ("v", c.v_bits, (D, G))):
+        for name, bits, entry in (("k", c.k_bits, (G, columns)), ("v", c.v_bits, (D, G))):
             shape = (*heads, n_groups * bits // 8, *entry)
             self.add(f"{name}_packed", shape, torch.uint8, spare * bits // 8)
         for name in ("scale", "zero"):
-            self.add(f"k_{name}", (*heads, n_groups, D), metadata, spare)
-            self.add(f"v_{name}", (*heads, n_groups, D // G, G), metadata, spare)
+            self.add(f"k_{name}", (*heads, n_groups, 1, D), metadata, spare)
+            self.add(f"v_{name}", (*heads, n_groups, D // Gv, G), metadata, spare)
+        self.add("k_order", (*heads, D if c.boost else 0), torch.int16)  # channel of each column
         for name in ("k_window", "v_window"):
             self.add(name, (*heads, c.sink + c.residual + 1, D), dtype)
 
@@ -275,11 +282,15 @@ class KiviCache(Cache):
         S, R = self.config.sink, self.config.residual
         return torch.where(t < S, t, S + (t - S) % (R + 1)) if S else t % (R + 1)
 
-    def exact(self, pos, t):
-        """Two bools [B, n]: does the query at pos [B] read K, and V, of token t [n] exactly?"""
-        S, R, newest = self.config.sink, self.config.residual, pos[:, None]
-        exact_k, exact_v = t >= newest // R * R, t >= newest - R
-        return (exact_k | (t < S), exact_v | (t < S)) if S else (exact_k, exact_v)
+    def in_window(self, pos):
+        """[B, slots]: tokens of the window, sinks first, then from pos [B] back to pos - R. Where
+        they are fewer than slots, some are there several times."""
+        S, newest = self.config.sink, pos[:, None]
+        slots = torch.arange(S + self.config.residual + 1, device=pos.device)
+        t = newest - slots + S
+        if S:
+            t = torch.where(slots < S, slots, t).minimum(newest)
+        return t.clamp(min=0)
 
     def grouped_as(self, t):
         """The token whose key is used for t in its group: t itself, or another one for a sink.
@@ -292,31 +303,42 @@ class KiviCache(Cache):
 
     def parts(self, name):
         """(bits, bytes, scale, zero) of K or V, tokens before channels: [B, Hk, stacks, G, D] and
-        [B, Hk, groups, 1, D] twice (K), [B, Hk, groups, G, D / G] twice (V)."""
+        [B, Hk, groups, 1, D] twice (K), [B, Hk, groups, G, D / Gv] twice (V)."""
         if name == "k":
-            scale, zero = self.k_scale.unsqueeze(3), self.k_zero.unsqueeze(3)
-            return self.config.k_bits, self.k_packed, scale, zero
+            return self.config.k_bits, self.k_packed, self.k_scale, self.k_zero
         return self.config.v_bits, self.v_packed.mT, self.v_scale.mT, self.v_zero.mT
 
     def fill(self, k, v, lengths, row=0):
         """`prefill` without its checks, into the rows from `row` on; lengths [B] on the device."""
-        c, (B, Hk, L, D) = self.config, k.shape
-        rows = torch.arange(B, device=k.device)[:, None]
-        # The token of each slot: sinks, then the newest R + 1. Short rows write a token twice.
-        slots = torch.arange(c.sink + c.residual + 1, device=k.device)
-        newest = lengths[:, None] - 1
-        t = torch.where(slots < c.sink, slots, newest - slots + c.sink).minimum(newest).clamp(min=0)
-        self.k_window[row + rows, :, self.slot(t)] = k[rows, :, t]  # t [B, slots]
-        self.v_window[row + rows, :, self.slot(t)] = v[rows, :, t]
+        c, G, (B, Hk, L, D) = self.config, self.config.group_size, k.shape
+        rows = slice(row, row + B)
+        t = self.in_window(lengths - 1)
+        place = (self.rows[rows, None], slice(None), self.slot(t))
+        for window, x in ((self.k_window, k), (self.v_window, v)):
+            window[place] = x[self.rows[:B, None], :, t]  # [B, slots, Hk, D]
+        if c.boost:
+            first = self.grouped_as(self.index[: c.residual]).clamp(max=L - 1)
+            self.k_order[rows] = self.ordered(k[:, :, first], lengths >= c.residual, 0)
         k_end, v_end = lengths // c.residual * c.residual, lengths - c.residual
-        for first, last in slices(min(L, self.capacity), B * Hk * D, 4 * c.group_size):
-            t = torch.arange(first, last, device=k.device)
-            for name, x, source, end in (("k", k, self.grouped_as(t), k_end), ("v", v, t, v_end)):
-                x = x[:, :, source.clamp(max=L - 1)].unflatten(2, (-1, c.group_size))
-                keep = (t < end[:, None]).view(B, 1, -1, c.group_size, 1)
-                for buffer, y in zip(self.parts(name)[1:], self.quantizer(x, keep, c, name)):
-                    n = (last - first) // y.shape[2]  # tokens of a stack or of a group
-                    buffer[row : row + B, :, first // n : last // n] = y
+        for first, end in slices(min(L, self.capacity), B * Hk * D, 4 * G):
+            t = torch.arange(first, end, device=k.device)
+            keys, values = (k, self.grouped_as(t), k_end), (v, t, v_end)
+            for name, (x, source, kept) in zip("kv", (keys, values)):
+                x = x[:, :, source.clamp(max=L - 1)].unflatten(2, (-1, G))
+                keep = (t < kept[:, None]).view(B, 1, -1, G, 1)
+                new = self.quantizer(x, keep, c, name, self.order(rows))
+                for buffer, y in zip(self.parts(name)[1:], new):
+                    n = (end - first) // y.shape[2]  # tokens of a stack or of a group
+                    buffer[rows, :, first // n : end // n] = y
+
+    def ordered(self, keys, chosen, other):
+        """k_order of the `chosen` rows [B] by their first keys [B, Hk, R, D], elsewhere `other`."""
+        order = channel_order(keys.unflatten(2, (-1, self.config.group_size)))
+        return torch.where(chosen[:, None, None], order, other)
+
+    def order(self, rows=slice(None)):
+        """k_order [B, Hk, 1, D] for all groups of these rows, None if no channel is boosted."""
+        return self.k_order[rows, :, None] if self.config.boost else None
 
     def evicts_value(self):
         """Is some row longer than R, so that its oldest exact value gets codes?"""
@@ -328,24 +350,24 @@ class KiviCache(Cache):
 
     def quantize_value(self, pos):
         """Quantizes the value of token pos - R, where there is one; pos [B] is the newest token."""
-        c, row = self.config, torch.arange(self.batch, device=pos.device)
-        t = (pos - c.residual).clamp(min=0)
-        new = value_codes(self.v_window[row, :, self.slot(t)], c)  # codes [B, Hk, D]
-        token = (slice(None), t % c.group_size)
-        self.store("v", t // c.group_size, token, pos >= c.residual, new)
+        G, evicted = self.config.group_size, pos >= self.config.residual
+        t = (pos - self.config.residual).clamp(min=0)
+        new = value_codes(self.v_window[self.rows, :, self.slot(t)], self.config)  # [B, Hk, D]
+        self.store("v", t // G, (slice(None), t % G), evicted, new)
 
     def quantize_keys(self, pos):
         """Quantizes the last R keys of the rows whose newest token pos [B] completes a block."""
-        c, row = self.config, torch.arange(self.batch, device=pos.device)[:, None]
-        complete = (pos + 1) % c.residual == 0
-        for first in range(0, c.residual, c.group_size):
-            offset = torch.arange(first, first + c.group_size, device=pos.device)
-            t = pos[:, None] // c.residual * c.residual + offset  # [B, G]
-            keys = self.k_window[row, :, self.slot(self.grouped_as(t))]  # [B, G, Hk, D]
-            codes, scale, zero = group_codes(keys.transpose(1, 2), c.k_bits, 2, c.shrink)
+        c, G, R = self.config, self.config.group_size, self.config.residual
+        t = pos[:, None] // R * R + torch.arange(R, device=pos.device)  # [B, R]
+        slot = self.slot(self.grouped_as(t))
+        keys = self.k_window[self.rows[:, None], :, slot].transpose(1, 2)  # [B, Hk, R, D]
+        if c.boost:
+            self.k_order.copy_(self.ordered(keys, pos + 1 == R, self.k_order))
+        new = key_codes(keys.unflatten(2, (-1, G)), c, self.order())
+        for i, group in enumerate(t[:, ::G].unbind(1)):
             # A last key block that max_len cuts off has no room for codes, and never completes.
-            group = (t[:, 0] // c.group_size).clamp(max=self.capacity // c.group_size - 1)
-            self.store("k", group, (), complete, (codes, scale[:, :, 0], zero[:, :, 0]))
+            group = (group // G).clamp(max=self.capacity // G - 1)
+            self.store("k", group, (), (pos + 1) % R == 0, [x[:, :, i] for x in new])
 
     def store(self, name, group, token, chosen, new):
         """Stores codes, scale and zero of a `group` [B] of tokens, or of one `token` of it.
@@ -353,68 +375,46 @@ class KiviCache(Cache):
         Rows that are not `chosen` [B] stay as they are: an `if` would wait for the device.
         """
         bits = self.config.k_bits if name == "k" else self.config.v_bits
-        row, fields = torch.arange(self.batch, device=group.device), 8 // bits
         for part, x in zip(("packed", "scale", "zero"), new):
             buffer = getattr(self, f"{name}_{part}")
             shape = (-1, *[1] * (x.dim() - 1))
-            place = (row, slice(None), group // fields if part == "packed" else group, *token)
+            entry = group * bits // 8 if part == "packed" else group  # a stack, or a group
+            place = (self.rows, slice(None), entry, *token)
             old = buffer[place]
             if part == "packed":
-                shift = (group % fields * bits).view(shape)
+                shift = (group * bits % 8).view(shape)
                 x = old & ~(2**bits - 1 << shift) | x << shift  # this field of the bytes alone
             buffer[place] = torch.where(chosen.view(shape), x.to(old.dtype), old)
 
-    def attention(self, q, pos, t):
-        """Attention: scores from codes and window are put together, in the order of tokens.
+    def portions(self, n):
+        step = max(1, PORTION[self.pos.is_cuda] // (self.batch * n * self.head_dim))
+        return [slice(first, first + step) for first in range(0, self.n_kv_heads, step)]
 
-        q [B, H, 1, D] at pos [B] over the tokens t (see `tokens`) -> [B, H, 1, D]
-        """
-        q_rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim).float()  # [B, Hk, M, D]
-        exact_k, exact_v = (x[:, None, None] for x in self.exact(pos, t))  # [B, 1, 1, n]
-        packed = q_rows.new_zeros(*q_rows.shape[:3], len(t))  # [B, Hk, M, n]
-        for part, keys in self.read("k", len(t)):
-            packed[..., part] = q_rows @ keys.flatten(2, 3).mT
-        window = q_rows @ self.k_window.float().mT  # [B, Hk, M, slots]
-        slot = self.slot(t)
-        scores = torch.where(exact_k, window[..., slot], packed) * self.head_dim**-0.5
-        scores = scores.masked_fill(~self.seen(pos, t)[:, None, None], float("-inf"))
-        p = scores.softmax(-1)  # [B, Hk, M, n]
-        p_exact = torch.where(exact_v, p, 0)
-        p_slots = p_exact.new_zeros(window.shape).index_add_(3, slot, p_exact)  # by slot
-        out = p_slots @ self.v_window.float()
-        p_packed = p - p_exact
-        for part, values in self.read("v", len(t)):
-            p_groups = p_packed[..., part].unflatten(3, (-1, self.config.group_size))
-            out = out + (p_groups.transpose(2, 3) @ values).sum(2)  # [B, Hk, M, D]
-        return out.view(q.shape).to(q.dtype)
+    def read(self, pos, n, heads):
+        """(k, v) float32 [B, heads, n, D]: the first n tokens as a query at pos [B] reads them."""
+        k, v = (self.from_codes(name, n, heads) for name in "kv")
+        t = self.in_window(pos)  # [B, slots]
+        place = (self.rows[:, None], slice(None), t)
+        slot = (self.rows[:, None], slice(None), self.slot(t))
+        v[place] = self.v_window[:, heads][slot].float()
+        key_block = pos[:, None] // self.config.residual * self.config.residual
+        exact = ((t >= key_block) | (t < self.config.sink))[..., None, None]
+        k[place] = torch.where(exact, self.k_window[:, heads][slot].float(), k[place])
+        return k, v
 
-    def read(self, name, n):
-        """Yields (part, x_hat): x_hat = codes * scale + zero of K or V, for a part of the tokens.
-
-        n  only of the first n tokens, or as many of them as have codes
-        yields a slice of the tokens and float32 [B, Hk, groups, G, D]
-        """
-        bits, packed, scale, zero = self.parts(name)
-        G, P = self.config.group_size, 8 // bits
-        stacks = min(n // (P * G), packed.shape[2])
-        stacks = stacks if n > self.config.residual else 0  # so few tokens are all exact
-        step = max(1, 2**22 // (P * packed[:, :, :1].numel()))  # 16 MB, for the CPU's caches
-        for first in range(0, stacks, step):
-            end = min(first + step, stacks)
-            codes = torch.stack(planes(packed[:, :, first:end], bits), 3).flatten(2, 3)
-            x = codes.float().unflatten(4, (scale.shape[4], -1))  # K [.., D, 1]; V [.., D / G, G]
-            groups = slice(first * P, end * P)
-            x = x.mul_(scale[:, :, groups, ..., None]).add_(zero[:, :, groups, ..., None])
-            yield slice(first * P * G, end * P * G), x.flatten(4)
-
-    def dequantized(self):
-        """(k, v) [B, Hk, L, D] float32: exactly what attend reads; zeros beyond a row's length."""
-        t, pos, out = self.index[: self.length], self.pos - 1, []
-        for name, exact in zip("kv", self.exact(pos, t)):
-            x = getattr(self, f"{name}_window").float()[:, :, self.slot(t)]  # [B, Hk, L, D]
-            for part, packed in self.read(name, len(self.index)):
-                packed = packed.flatten(2, 3)[:, :, : max(0, len(t) - part.start)]
-                window = x[:, :, part]
-                x[:, :, part] = torch.where(exact[:, None, part, None], window, packed)
-            out.append(torch.where((t <= pos[:, None])[:, None, :, None], x, 0))
-        return tuple(out)
+    def from_codes(self, name, n, heads):
+        """code * scale + zero of the first n tokens, or 0 of those that never have codes."""
+        c, (bits, packed, *scales) = self.config, self.parts(name)
+        stacks = round_up(n, 8 // bits * c.group_size) // (8 // bits * c.group_size)
+        codes = unpack(packed[:, heads, :stacks, None], bits, 3).flatten(2, 4)  # [B, heads, n, D]
+        scale, zero = (x[:, heads, : stacks * 8 // bits].flatten(2, 3).float() for x in scales)
+        boosted = name == "k" and c.boost
+        if boosted:
+            codes, low = codes.float().tensor_split([self.head_dim], 3)
+            codes[..., : low.shape[3]] += low / 2**bits
+        x = dequantize(codes, scale, zero, 2 if name == "k" else 3)
+        if boosted:
+            column = self.k_order[:, heads, None].argsort(3)  # of each channel
+            x = x.gather(3, column.expand_as(x))
+        missing = n - x.shape[2]  # negative where whole stacks are more
+        return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x[:, :, :n]

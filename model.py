@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from checkpoint.config import ACTIVATIONS, ModelConfig, layer_bits
-from checkpoint.rope import rope_frequencies
+from checkpoint.rope import dynamic_frequencies, rope_frequencies
 from checkpoint.shares import shard
 from checkpoint.weights import load_weights
 from fused.linear import QuantizedLinear, weight_format
-from fused.step import Step, compiled_quantizer, compiled_step
+from fused.step import Step, compiled_quantizer, compiled_step, warm_quantizer
 from kivi import FullCache, KiviCache, quantize_groups
 from quantize import PRESETS, KVConfig
 
@@ -243,13 +243,8 @@ class Transformer(nn.Module):
         """
         freq, scaling = self.freq, self.config.rope_scaling
         if scaling.get("rope_type") == "dynamic":
-            # Beyond the trained context, slower with every token (as transformers does).
             lengths = pos[:, -1] + 1 if lengths is None else lengths
-            old, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-            growth = factor * lengths.clamp(min=old) / old - (factor - 1)
-            pairs = torch.arange(0, 2 * len(freq), 2, device=pos.device)
-            exponents = pairs / (2 * len(freq) - 2)
-            freq = freq * growth[:, None, None, None] ** -exponents
+            freq = dynamic_frequencies(freq, scaling, lengths)
         angle = pos[:, None, :, None].float() * freq
         cos, sin = angle.cos(), angle.sin()
         if self.rope_scale == 1:
@@ -290,16 +285,7 @@ class Transformer(nn.Module):
             layer.cache.index = self.cache.index
             layer.cache.lengths = self.cache.lengths
         if self.quantizer is not quantize_groups:
-            self._compile_quantizer()
-
-    def _compile_quantizer(self):
-        """Compiles what quantizes prompts now, not in the middle of the first one."""
-        length = torch.ones(1, dtype=torch.int64, device=self.embed.weight.device)
-        caches = [layer.cache for layer in self.layers if isinstance(layer.cache, KiviCache)]
-        for cache in {cache.config: cache for cache in caches}.values():
-            n = min(cache.max_len, 4 * cache.config.group_size + 1)  # two stacks, to be dynamic
-            nothing = torch.zeros_like(cache.k_window[:1, :, :1]).expand(-1, -1, n, -1)
-            cache.fill(nothing, nothing, length)
+            warm_quantizer(layer.cache for layer in self.layers)
 
     def kv_configs(self, kv, **options):
         """The KVConfig of every layer, None for full precision; see `setup_caches`."""

@@ -12,7 +12,7 @@ All arithmetic runs in float32 against the *stored* (rounded) scale, so that a s
 adds no systematic error.
 """
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 import torch
 
@@ -20,28 +20,21 @@ BITS = (2, 4, 8)
 FILL = 2**24  # elements of K that are quantized at once: temporaries are several times that
 
 
-def group_codes(x, bits, dim=-1, shrink=1.0):
+def group_codes(x, bits, dim=-1):
     """`quantize` where all of dimension `dim` is one group, and without any check.
 
     x [.., G, ..] -> codes uint8 like x; scale, zero in x.dtype with G -> 1
-    shrink  the codes span this part of the range, around its middle: what lies outside is clipped,
-            the rest is rounded more finely
     """
     top = 2**bits - 1
-    low = x.amin(dim, keepdim=True)
+    zero = x.amin(dim, keepdim=True)
     high = x.amax(dim, keepdim=True)
-    if shrink != 1:
-        margin = (high.float() - low.float()) * ((1 - shrink) / 2)
-        low = (low.float() + margin).to(x.dtype)
-        high = (high.float() - margin).to(x.dtype)
-    scale = ((high.float() - low.float()) / top).to(x.dtype)
+    scale = ((high.float() - zero.float()) / top).to(x.dtype)
     # A constant group would divide 0 by 0, which gives NaN codes. A range so small that its scale
     # rounds to 0 keeps the smallest number of the dtype as its scale.
     smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
-    scale = torch.where(high > low, scale.clamp_min(smallest), torch.ones_like(scale))
-    steps = (x.float() - low.float()) / scale.float()
-    codes = steps.clamp(0, top).round().to(torch.uint8)
-    return codes, scale, low
+    scale = torch.where(high > zero, scale.clamp_min(smallest), 1)
+    steps = (x.float() - zero.float()) / scale.float()
+    return steps.clamp(0, top).round().to(torch.uint8), scale, zero
 
 
 def quantize(x, bits, group_size, dim=-1):
@@ -59,21 +52,17 @@ def quantize(x, bits, group_size, dim=-1):
     source  KIVI, arXiv 2402.02750, section 3; jy-yuan/KIVI, quant/new_pack.py
     """
     _check_bits(bits)
-    n = x.shape[dim]
+    dim, n = dim % x.dim(), x.shape[dim]
     if group_size < 1 or n % group_size:
         raise ValueError(f"cannot cut {n} elements into groups of {group_size}: "
                          f"use a group size that divides {n}")
-    groups = x.movedim(dim, -1).unflatten(-1, (n // group_size, group_size))
-    codes, scale, zero = group_codes(groups, bits)
+    groups = x.unflatten(dim, (n // group_size, group_size))
+    codes, scale, zero = group_codes(groups, bits, dim + 1)
     finite = torch.isfinite(x).all() and torch.isfinite(scale).all()
     if not finite:
         raise ValueError("cannot quantize NaN, inf or a group whose range overflows float32: "
                          "check the tensor's values")
-    return (
-        codes.flatten(-2).movedim(-1, dim),
-        scale.squeeze(-1).movedim(-1, dim),
-        zero.squeeze(-1).movedim(-1, dim),
-    )
+    return codes.flatten(dim, dim + 1), scale.squeeze(dim + 1), zero.squeeze(dim + 1)
 
 
 def dequantize(codes, scale, zero, dim=-1):
@@ -83,18 +72,16 @@ def dequantize(codes, scale, zero, dim=-1):
     returns x_hat like codes, clamped to the finite range of scale.dtype
     raises  ValueError: N is not a multiple of the number of groups
     """
-    n = codes.shape[dim]
-    n_groups = scale.shape[dim]
+    dim, n, n_groups = dim % codes.dim(), codes.shape[dim], scale.shape[dim]
     if n_groups == 0 or n % n_groups:
         raise ValueError(f"{n} codes cannot belong to {n_groups} groups: "
                          f"dim {dim} of codes and scale do not fit together")
-    groups = codes.movedim(dim, -1).unflatten(-1, (n_groups, n // n_groups))
-    scale = scale.movedim(dim, -1).unsqueeze(-1)
-    zero = zero.movedim(dim, -1).unsqueeze(-1)
-    x_hat = groups.float() * scale.float() + zero.float()
+    groups = codes.unflatten(dim, (n_groups, n // n_groups)).float()
+    scale, zero = scale.unsqueeze(dim + 1), zero.unsqueeze(dim + 1)
+    x_hat = (groups * scale.float()).add_(zero.float())
     limit = torch.finfo(scale.dtype).max  # a float16 group that ends at 65504 would round to inf
-    x_hat = x_hat.clamp(-limit, limit).to(scale.dtype)
-    return x_hat.flatten(-2).movedim(-1, dim)
+    x_hat = x_hat.clamp_(-limit, limit).to(scale.dtype)
+    return x_hat.flatten(dim, dim + 1)
 
 
 def pack(codes, bits, dim=-1):
@@ -110,18 +97,19 @@ def pack(codes, bits, dim=-1):
     if n % per_byte:
         raise ValueError(f"cannot pack {n} codes of {bits} bits into bytes of {per_byte}: "
                          f"pad dim {dim} to a multiple of {per_byte}")
-    codes = codes.movedim(dim, -1)
-    packed = codes[..., ::per_byte]
+    dim %= codes.dim()
+    fields = codes.unflatten(dim, (n // per_byte, per_byte)).unbind(dim + 1)
+    packed = fields[0]
     for j in range(1, per_byte):
-        packed = packed | codes[..., j::per_byte] << j * bits
-    return packed.movedim(-1, dim)
+        packed = packed | fields[j] << j * bits
+    return packed
 
 
 def unpack(packed, bits, dim=-1):
     """The inverse of `pack`: bytes [.., N, ..] -> codes uint8 [.., N * 8 / bits, ..]."""
     _check_bits(bits)
-    codes = torch.stack(planes(packed.movedim(dim, -1), bits), -1)
-    return codes.flatten(-2).movedim(-1, dim)
+    dim %= packed.dim()
+    return torch.stack(planes(packed, bits), dim + 1).flatten(dim, dim + 1)
 
 
 def planes(packed, bits):
@@ -135,10 +123,41 @@ def _check_bits(bits):
 
 
 def value_codes(x, config):
-    """Quantizes V, x [.., D], per token: codes like x; scale, zero [.., D / G]."""
-    groups = x.unflatten(-1, (-1, config.group_size))
-    codes, scale, zero = group_codes(groups, config.v_bits, -1, config.shrink)
+    """Quantizes V, x [.., D], per token: codes like x; scale, zero [.., D / Gv]."""
+    groups = x.unflatten(-1, (-1, config.value_group(x.shape[-1])))
+    codes, scale, zero = group_codes(groups, config.v_bits)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+
+
+def key_codes(x, config, order=None):
+    """Quantizes K, x [.., G, D], per channel.
+
+    order   [.., D], of boosted keys: their channels, those in twice the bits first; codes, scale
+            and zero have this order
+    returns codes [.., G, D + n]; scale, zero [.., 1, D]. Of the n boosted channels the high half of
+            a code stands in the channel's column, the low half behind all columns, and the scale
+            counts steps of the high half: x = (high + low / 2^k_bits) * scale + zero
+    """
+    bits = config.k_bits
+    if order is None:
+        return group_codes(x, bits, -2)
+    x = x.gather(-1, order.long().unsqueeze(-2).expand_as(x))
+    n = config.boosted(x.shape[-1])
+    codes, scale, zero = group_codes(x, bits, -2)
+    fine, fine_scale, _ = group_codes(x[..., :n], 2 * bits, -2)
+    codes = torch.cat([fine >> bits, codes[..., n:], fine & 2**bits - 1], -1)
+    scale = torch.cat([fine_scale * 2**bits, scale[..., n:]], -1)
+    return codes, scale, zero
+
+
+def channel_order(groups):
+    """The channels of keys [B, Hk, groups, G, D] by their widest group, the widest first.
+
+    returns int64 [B, Hk, D]; of equal ones the lower number comes first
+    """
+    groups = groups.float()
+    width = (groups.amax(3) - groups.amin(3)).amax(2)
+    return width.sort(dim=-1, descending=True, stable=True).indices
 
 
 def slices(n, width, unit):
@@ -147,16 +166,16 @@ def slices(n, width, unit):
     return [(first, min(first + step, n)) for first in range(0, n, step)]
 
 
-def quantize_groups(x, keep, config, name):
+def quantize_groups(x, keep, config, name, order=None):
     """Quantizes whole stacks of tokens; where `keep` is False, codes, scale and zero are 0.
 
-    x [B, Hk, groups, G, D], keep [B, 1, groups, G, 1]; name "k" or "v"
-    returns bytes [B, Hk, stacks, G, D], and scale, zero [B, Hk, groups, 1, D] (K) or
-            [B, Hk, groups, G, D / G] (V); a stack is 8 / bits groups that share bytes
+    x [B, Hk, groups, G, D], keep [B, 1, groups, G, 1]; name "k" or "v"; order [B, Hk, groups, D]
+    returns bytes [B, Hk, stacks, G, D (+ n)], and scale, zero [B, Hk, groups, 1, D] (K) or
+            [B, Hk, groups, G, D / Gv] (V); a stack is 8 / bits groups that share bytes
     """
     if name == "k":
         bits, kept_groups = config.k_bits, keep[:, :, :, :1]
-        codes, scale, zero = group_codes(x, bits, -2, config.shrink)
+        codes, scale, zero = key_codes(x, config, order)
     else:
         bits, kept_groups = config.v_bits, keep
         codes, scale, zero = value_codes(x, config)
@@ -178,7 +197,16 @@ class KVConfig:
     group_size: int = 32  # G: elements that share a scale and a zero
     residual: int = 128  # R: recent tokens in full precision
     sink: int = 0  # S: first tokens of a row in full precision
-    shrink: float = 1.0  # part of a group's range that its codes span, see `group_codes`
+    boost: float = 0  # key channels of a head in twice the bits: so many, or below 1 this share
+    v_group_size: int = 0  # Gv, at most so many channels of a value are a group; 0: G
+
+    def value_group(self, head_dim):
+        """Gv: channels of a value that share a scale and a zero."""
+        return gcd(self.v_group_size, head_dim) if self.v_group_size else self.group_size
+
+    def boosted(self, head_dim):
+        """Key channels of a head in twice the bits; a share gives whole eights."""
+        return int(self.boost if self.boost >= 1 else self.boost * head_dim // 8 * 8)
 
     def check(self, head_dim):
         """Raises ValueError, naming the value and the fix, for what cannot be stored."""
@@ -186,18 +214,22 @@ class KVConfig:
         for name in ("k_bits", "v_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"{name} must be one of {BITS}, got {getattr(self, name)}")
-        if G < 8 or G & G - 1:
-            raise ValueError(f"group_size must be a power of two of at least 8, got {G}")
-        if head_dim % G:
+        for name, size in (("group_size", G), ("v_group_size", self.v_group_size or G)):
+            if size < 8 or size & size - 1:
+                raise ValueError(f"{name} must be a power of two of at least 8, got {size}")
+        if head_dim % self.value_group(head_dim):
             raise ValueError(f"group_size {G} does not divide head_dim {head_dim}: "
-                             "use a group size that does")
+                             "use a group size that does, or v_group_size beside it")
         if R < G or R % G:
             fix = max(1, round(R / G)) * G
             raise ValueError(f"residual {R} is not a multiple of group_size {G}: use {fix}")
         if self.sink < 0:
             raise ValueError(f"sink must be 0 or more tokens, got {self.sink}")
-        if not 0.5 <= self.shrink <= 1:
-            raise ValueError(f"shrink must lie in 0.5 .. 1 (all of the range), got {self.shrink}")
+        if not 0 <= self.boost <= head_dim or self.boost >= 1 and self.boost % 8:
+            raise ValueError(f"boost must be a multiple of 8 up to head_dim {head_dim}, or a share "
+                             f"below 1, got {self.boost}")
+        if self.boost and self.k_bits == 8:
+            raise ValueError("boost doubles the bits of a key: use k_bits 2 or 4 with it")
 
     def capacity(self, max_len):
         """Tokens of a row of up to max_len that have room for codes: whole residuals and stacks."""
@@ -218,9 +250,10 @@ class KVConfig:
         return max(1, size // self.unit) * self.unit
 
 
-PRESETS = {  # kivi2 is the paper's; kivi2+ is better at nearly the same bytes, see docs/quality.md
+PRESETS = {  # kivi2 is the paper's; the three others are better or smaller, see docs/quality.md
     "kivi2": KVConfig(2, 2),
-    "kivi2+": KVConfig(2, 2, sink=32, shrink=0.8),
+    "kivi2+": KVConfig(2, 2, sink=4, boost=1 / 4, v_group_size=64),
+    "kivi2-": KVConfig(2, 2, sink=4, boost=1 / 4, group_size=64),
     "kivi4": KVConfig(4, 4),
     "k4v2": KVConfig(4, 2),
 }

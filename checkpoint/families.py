@@ -12,7 +12,10 @@ ARCHITECTURES = {
 }
 # and what it never says, as fields of ModelConfig; Falcon's are in `_falcon_fields`
 UNSAID = {
-    "Qwen2ForCausalLM": {"qkv_bias": True, "o_bias": False},
+    "Qwen2ForCausalLM": {
+        "qkv_bias": True,
+        "o_bias": False,
+    },
     "Qwen3ForCausalLM": {"qk_norm": True},
     "Phi3ForCausalLM": {"names": "phi3"},
 }
@@ -25,10 +28,10 @@ def family_fields(architecture, raw):
     raises KeyError, TypeError and others for entries that are missing or of the wrong kind;
            ValueError: what no model here can do
     """
-    raw = {**ARCHITECTURES[architecture], **raw}
+    raw = ARCHITECTURES[architecture] | raw
     if architecture == "FalconForCausalLM":
-        return {**_llama_fields({**raw, **_falcon_words(raw)}), **_falcon_fields(raw)}
-    return {**_llama_fields(raw), **UNSAID.get(architecture, {})}
+        return _falcon_fields(raw)
+    return _llama_fields(raw) | UNSAID.get(architecture, {})
 
 
 def _llama_fields(raw):
@@ -77,28 +80,7 @@ def _windows(raw, n_layers):
 
 
 def _falcon_fields(raw):
-    """What Falcon's config.json says that the others have no word for, as fields of ModelConfig."""
-    bias = raw.get("bias", False)
-    if raw.get("new_decoder_architecture", False):
-        parallel = True
-        norms = raw.get("num_ln_in_parallel_attn") or 2
-    else:
-        parallel = raw.get("parallel_attn", True)
-        norms = 1 if parallel else 2
-    return {
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": bias,
-        "layer_norm": True,
-        "parallel": parallel,
-        "norms": norms,
-        "gated": False,
-        "names": "falcon 2" if parallel and norms == 2 else "falcon",
-    }
-
-
-def _falcon_words(raw):
-    """What Falcon's config.json says in words of its own, in the words of the others.
+    """What Falcon's config.json says, in words of its own.
 
     raises ValueError: a model with alibi instead of rotary embeddings
     """
@@ -108,13 +90,26 @@ def _falcon_words(raw):
     kv_heads = raw["num_attention_heads"]
     if raw.get("new_decoder_architecture", False):
         kv_heads = raw.get("num_kv_heads") or kv_heads
-    elif raw.get("multi_query", True):
-        kv_heads = 1
-    return {
+        parallel = True
+        norms = raw.get("num_ln_in_parallel_attn") or 2
+    else:
+        kv_heads = 1 if raw.get("multi_query", True) else kv_heads
+        parallel = raw.get("parallel_attn", True)
+        norms = 1 if parallel else 2
+    words_of_the_others = {
         "num_key_value_heads": kv_heads,
         "intermediate_size": raw.get("ffn_hidden_size") or 4 * raw["hidden_size"],
         "head_dim": None,
         "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "hidden_act": raw.get("activation", "gelu"),
         "sliding_window": None,
+        "attention_bias": raw.get("bias", False),
+        "mlp_bias": raw.get("bias", False),
+    }
+    return _llama_fields(raw | words_of_the_others) | {
+        "layer_norm": True,
+        "parallel": parallel,
+        "norms": norms,
+        "gated": False,
+        "names": "falcon 2" if parallel and norms == 2 else "falcon",
     }

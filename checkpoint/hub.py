@@ -47,12 +47,12 @@ def resolve(checkpoint=None, revision=None):
     raises      ValueError: none of these; a revision of a folder; the hub refuses it, or cannot
                 be reached and its cache does not hold it
     """
-    if checkpoint is None or Path(checkpoint).is_dir():
+    folder = EMBEDDED if checkpoint is None else Path(checkpoint)
+    if folder.is_dir():
         if revision is not None:
-            folder = checkpoint or "the embedded one"
             raise ValueError(f"revision {revision!r} needs a checkpoint of the hub, "
                              f"{folder} is a folder")
-        return EMBEDDED if checkpoint is None else Path(checkpoint)
+        return folder
     repo = SHORT.get(str(checkpoint).lower(), str(checkpoint))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise ValueError(f"checkpoint {str(checkpoint)!r} is no folder, no hub id (owner/name) "

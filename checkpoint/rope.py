@@ -24,10 +24,11 @@ def rope_entry(raw):
     if part != 1:
         raise ValueError(f"partial_rotary_factor {part} is not supported: "
                          "only models that rotate whole heads (1.0) are")
-    filled = {
-        "rope_type": kind, "rope_theta": theta, "original_max_position_embeddings": old_context,
+    return rope | {
+        "rope_type": kind,
+        "rope_theta": theta,
+        "original_max_position_embeddings": old_context,
     }
-    return rope | filled
 
 
 def rope_frequencies(config):
@@ -58,6 +59,17 @@ def rope_frequencies(config):
                          "supported: default, linear, dynamic, llama3, yarn")
     # Slow pairs are stretched by `factor`, fast ones kept, those in between blended.
     return (1 - kept) * freq / scaling["factor"] + kept * freq, scale
+
+
+def dynamic_frequencies(freq, scaling, lengths):
+    """freq [D / 2] for rows of lengths [B] tokens: [B, 1, 1, D / 2].
+
+    Beyond the trained context, slower with every token (as transformers does).
+    """
+    old, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    growth = factor * lengths.clamp(min=old) / old - (factor - 1)
+    pairs = torch.arange(0, 2 * len(freq), 2, device=freq.device)
+    return freq * growth[:, None, None, None] ** -(pairs / (2 * len(freq) - 2))
 
 
 def _kept_by_llama3(freq, scaling):

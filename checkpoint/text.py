@@ -85,9 +85,9 @@ def _template_source(folder, config):
     if file.exists():
         source = file.read_text(encoding="utf-8")
     elif isinstance(source, list):  # several, each with a name
-        named = [entry for entry in source if isinstance(entry, dict)]
-        default = [entry for entry in named if entry.get("name") == "default"]
-        source = default[0].get("template") if default else None
+        named = {str(entry.get("name")): entry.get("template")
+                 for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
     if not isinstance(source, str):
         raise ValueError(f"{folder} has no chat template: "
                          "leave out --chat, or choose an instruct model")

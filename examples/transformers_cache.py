@@ -157,7 +157,7 @@ class KiviPastKeyValues(Cache):
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         try:
             options = vars(replace(PRESETS[kv], **options))
-            KiviCache.sizes(1, 1, max_len, head_dim, **options)  # refuses what the cache would
+            KiviCache(1, 1, max_len, head_dim, device="meta", **options)  # refuses wrong ones
         except TypeError as error:
             known = ", ".join(vars(PRESETS[kv]))
             raise ValueError(f"the options are {known}: {error}") from None

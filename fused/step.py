@@ -86,15 +86,27 @@ def compiled_quantizer():
     """`kivi.quantize_groups`, compiled: one pass over a prompt's K or V instead of a dozen."""
     compiled = torch.compile(quantize_groups, fullgraph=True, options=EXACT)
 
-    def quantizer(x, keep, config, name):
+    def quantizer(x, keep, config, name, order=None):
         B, Hk, n_groups, G, D = x.shape
         if B * Hk * n_groups <= 4:  # one stack, a number that would be compiled as a constant
-            return quantize_groups(x, keep, config, name)
+            return quantize_groups(x, keep, config, name, order)
         keep = keep.expand(B, Hk, -1, G, 1).reshape(-1, G, 1)[None, None]
         x = x.reshape(-1, G, D)[None, None]
-        for tensor in (x, keep):  # one compilation for all lengths and batches
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        parts = compiled(x, keep, config, name)
+        if order is not None:
+            order = order.expand(B, Hk, n_groups, D).reshape(1, 1, -1, D)
+        for tensor in (x, keep, order):  # one compilation for all lengths and batches
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        parts = compiled(x, keep, config, name, order)
         return tuple(part.view(B, Hk, -1, *part.shape[3:]) for part in parts)
 
     return quantizer
+
+
+def warm_quantizer(caches):
+    """Compiles the quantizer of these caches now, not in the middle of the first prompt."""
+    packed = [cache for cache in caches if isinstance(cache, KiviCache)]
+    for cache in {cache.config: cache for cache in packed}.values():
+        n = min(cache.max_len, 4 * cache.config.group_size + 1)  # two stacks, to be dynamic
+        nothing = torch.zeros_like(cache.k_window[:1, :, :1]).expand(-1, -1, n, -1)
+        cache.fill(nothing, nothing, torch.ones_like(cache.pos[:1]))

@@ -82,7 +82,7 @@ def answer_all(run, file, batch=None):
     tell(budget.table(batch, capacity))
     tell(why)
     results = {}  # new tokens by the index of the prompt
-    totals = Counter(prefill_s=0.0, decode_s=0.0, compile_s=0.0)
+    totals = Counter()
     try:
         while queue:
             queue = run_waves(run, queue, batch, capacity, results, totals)
@@ -111,8 +111,7 @@ def run_waves(run, queue, batch, capacity, results, totals):
     for layer in run.model.layers:
         layer.cache = None
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return [job for job in queue if job.index not in results]
 
 
@@ -130,30 +129,34 @@ def run_wave(run, wave, batch, decoder, results, totals):
     skipped = stats["compile_steps"]
     steps = [max(0, len(results[job.index]) - 1 - skipped) for job in wave]
     rows = [(len(job.ids) + skipped, n) for job, n in zip(wave, steps)]
-    totals.update({name: stats[name] for name in ("prefill_s", "decode_s", "compile_s")})
-    totals.update(waves=1, decoded=sum(steps), moved=report.traffic(run.model, rows))
+    moved = report.traffic(run.model, rows)
+    totals.update(stats, waves=1, decoded=sum(steps), moved=moved)
     tell(f"{len(results)} prompts done, wave of {len(wave)}: prefill {stats['prefill_s']:.2f} s, "
          f"{stats['steps']} steps in {stats['decode_s']:.2f} s")
 
 
 def print_results(run, jobs, results, shape, totals):
     """Prints the finished prompts in order, and the statistics of all."""
-    done = [job for job in jobs if job.index in results]
-    counts = [(len(job.ids), len(results[job.index])) for job in done]
-    for job, (n_prompt, n_new) in zip(done, counts):
+    n_prompt, n_new, longest = 0, 0, 0  # tokens
+    for job in jobs:
+        if job.index not in results:
+            continue
+        new = results[job.index]
         stream = DecodeStream(ids=job.ids)
-        new = [token for token in results[job.index] if token not in run.model.config.eos]
-        text = "".join(stream.step(run.tokenizer, token) or "" for token in new)
-        row = {"index": job.index, "prompt": job.prompt, "text": text,
-               "prompt_tokens": n_prompt, "new_tokens": n_new}
-        plain = f"--- {job.index}\n{'' if run.render else job.prompt}{text}"
+        pieces = [stream.step(run.tokenizer, token) or ""
+                  for token in new if token not in run.model.config.eos]
+        row = {"index": job.index, "prompt": job.prompt, "text": "".join(pieces),
+               "prompt_tokens": len(job.ids), "new_tokens": len(new)}
+        plain = f"--- {job.index}\n{'' if run.render else job.prompt}{row['text']}"
         print(json.dumps(row) if run.as_json else plain)
+        n_prompt += len(job.ids)
+        n_new += len(new)
+        longest = max(longest, len(job.ids) + len(new))
     n_waves = totals["waves"]
-    result = {"text": "", "prompts": len(jobs), "finished": len(done), "batch_size": shape[0],
+    result = {"text": "", "prompts": len(jobs), "finished": len(results), "batch_size": shape[0],
               "waves": n_waves}
-    result |= report.statistics(run, shape, [sum(n) for n in zip((0, 0), *counts)], totals,
+    result |= report.statistics(run, shape, (n_prompt, n_new), totals,
                                 totals["decoded"], totals["moved"])
-    longest = max(map(sum, counts), default=0)
     run.tell(result, longest - 1,
-             f"{len(done)} of {len(jobs)} prompts in {n_waves} waves of {shape[0]}: ")
+             f"{len(results)} of {len(jobs)} prompts in {n_waves} waves of {shape[0]}: ")
     sys.stdout.flush()

@@ -47,8 +47,7 @@ class Run:
     def decoder(self, batch, capacity):
         """Sets up the caches and makes a Decoder for them."""
         self.model.setup_caches(batch, capacity, self.kv, **self.options)
-        device = self.model.embed.weight.device
-        token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        token = torch.zeros_like(self.model.cache.pos)[:, None]  # [B, 1]
         decoder = generate.Decoder(self.model, token, **self.sampling)
         decoder.on_compile = report.note_compiling
         return decoder
@@ -73,23 +72,21 @@ def rounded_capacity(model, n_tokens):
     """
     if not model.compiled or n_tokens > model.config.max_len:
         return n_tokens
-    step = 1 << max(0, (n_tokens - 1).bit_length() - 3)
-    return min(model.config.max_len, max(1024, -(-n_tokens // step) * step))
+    return min(model.config.max_len, max(1024, generate.bucket(n_tokens, 1)))
 
 
+@dataclass
 class Answer:
-    """The continuation of one prompt, printed as its tokens come.
+    """The continuation of one prompt, printed as its tokens come."""
 
-    echo  text to print before it
-    """
+    run: Run
+    ids: list
+    echo: str = ""  # text to print before it
+    text: str = ""  # what is printed so far
+    profiler: object = None
 
-    def __init__(self, run, ids, echo=""):
-        self.run = run
-        self.ids = ids
-        self.echo = echo
-        self.stream = DecodeStream(ids=ids)
-        self.profiler = None
-        self.text = ""
+    def __post_init__(self):
+        self.stream = DecodeStream(ids=self.ids)
 
     def show(self, newest):
         """Takes the newest tokens of a batch of one row."""
@@ -128,7 +125,7 @@ class Answer:
         if profile_file:
             self.profiler = report.profile(profile_file, new_tokens)
         tell(why)
-        stats = {"compile_s": 0.0, "compile_steps": 0}
+        stats = {}
         with self.profiler or nullcontext():
             (out,) = generate.generate(run.model, [self.ids], new_tokens, on_token=self.show,
                                        stats=stats, decoder=decoder)
@@ -150,17 +147,16 @@ def converse(run):
     while True:
         try:
             line = input("> ")
+            line.encode()
         except EOFError:
             return
+        except UnicodeEncodeError as error:  # such a line does not end the conversation
+            tell(f"error: {error}")
+            continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        try:
-            ids = run.encode(messages)
-        except UnicodeEncodeError as error:  # such a line does not end the conversation
-            tell(f"error: {error}")
-            messages.pop()
-            continue
+        ids = run.encode(messages)
         while len(ids) + reserved > context and len(messages) > 2:
             tell(f"forgetting the oldest turn: the context holds {context} tokens")
             del messages[:2]

@@ -32,10 +32,15 @@ RANGES = {
 
 
 def main(argv=None):
+    guarded(start, argv)
+
+
+def guarded(program, argv):
+    """Runs a program: its errors become one line and exit status 2."""
     try:
-        start(argv)
+        program(argv)
     except KeyboardInterrupt:
-        sys.exit(130)  # what was generated so far has been printed
+        sys.exit(130)  # what there is so far has been printed
     except Exception as error:
         line = explained(error)
         if line is None:
@@ -74,7 +79,9 @@ def start(argv):
         if value is not None and not low <= value <= high:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must lie in {low} .. {high}, got {value}")
-    device = usable_device(args.device, args.interactive, args.dtype)
+    if args.interactive and processes() > 1:
+        raise ValueError(f"--interactive reads from one process, torchrun started {processes()}")
+    device = usable_device(args.device, args.dtype)
     if args.profile:
         check_profile(args.profile, args.prompts, args.interactive)
     dtype = generate.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
@@ -102,15 +109,13 @@ def start(argv):
         Answer(run, ids, "" if args.chat else prompt).give(why, args.profile)
 
 
-def usable_device(name, interactive, dtype):
+def usable_device(name, dtype=None):
     """The device of that name, or this process's own. raises ValueError: it cannot be used"""
     try:
         device = torch.device(name)
         if processes() > 1:
-            device = join(device, interactive, dtype)
-        torch.empty(1, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            device = join(device, dtype)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
@@ -152,10 +157,10 @@ def parser():
         help="compile the decode step (default: on cuda, where it pays for the tokens asked for)")
     add = p.add_argument_group("cache").add_argument
     add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
-        "kivi2+, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
-    add("--group-size", type=int, help="G, elements that share scale and zero (default 32)")
-    add("--residual", type=int, help="R, recent tokens in full precision (default 128)")
-    add("--sink", type=int, help="S, first tokens in full precision (default 0)")
+        "kivi2+, kivi2-, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+    add("--group-size", type=int, help="G, elements that share scale and zero (kivi2: 32)")
+    add("--residual", type=int, help="R, recent tokens in full precision (kivi2: 128)")
+    add("--sink", type=int, help="S, first tokens in full precision (kivi2: 0)")
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", help='text to continue (default "Once upon a time")')

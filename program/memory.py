@@ -1,5 +1,6 @@
 """What a run takes in memory, and what there is: a run that cannot fit is refused beforehand."""
 import re
+from bisect import bisect_left
 from collections import Counter
 from math import inf
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused import linear
-from kivi import FullCache, KiviCache, slices
+from kivi import PORTION, FullCache, KiviCache, slices
 from program.parallel import least_of_all
 
 SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round and fragment
@@ -16,8 +17,8 @@ LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
 MASKED = 512  # queries that share a mask, see `model.causal`
 BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.
-WRITTEN_OUT = 5.5  # a token: K or V of one layer in float32, and its codes
-FLUSHED = 28  # a token of a group of keys: float32 copies of it, while it is quantized
+WRITTEN_OUT = 14  # a token that is read: K and V in float32, and the codes of one
+FLUSHED = 17  # a token of a key block: float32 copies of it, while it is quantized
 
 
 def weight_bytes(model):
@@ -30,16 +31,26 @@ def cache_bytes(model):
     return sum(layer.cache.nbytes for layer in model.layers if layer.cache)
 
 
-def cache_parts(model, batch, max_len, kv="kivi2", **options):
+def cache_sizes(kind, *shape, **options):
+    """Bytes by part of the cache that kind(*shape, **options) makes, without allocating it."""
+    parts = {"codes": 0, "metadata": 0, "window": 0, "positions": 0}
+    names = {"packed": "codes", "scale": "metadata", "zero": "metadata", "window": "window"}
+    for name, buffer in kind(*shape, **options, device="meta").named_buffers():
+        part = names.get(name[2:], "positions")
+        parts[part] += buffer.untyped_storage().nbytes()
+    return parts
+
+
+def cache_parts(model, batch, max_len, kv, **options):
     """Bytes of the caches of a model: codes, metadata, window. Full precision counts as codes."""
     c, dtype = model.config, model.embed.weight.dtype
     shape = batch, c.n_kv_heads, max_len, c.head_dim
     parts = {"codes": 0, "metadata": 0, "window": 0}
     for config, n_layers in Counter(model.kv_configs(kv, **options)).items():
         if config is None:
-            layer = {"codes": sum(FullCache.sizes(*shape, dtype=dtype).values())}
+            layer = {"codes": sum(cache_sizes(FullCache, *shape, dtype=dtype).values())}
         else:
-            layer = KiviCache.sizes(*shape, dtype=dtype, **vars(config))
+            layer = cache_sizes(KiviCache, *shape, dtype=dtype, **vars(config))
         for name, n_bytes in layer.items():
             parts["window" if name == "positions" else name] += n_layers * n_bytes
     return parts
@@ -52,15 +63,29 @@ def traffic_of(cache, length):
     if isinstance(cache, FullCache):
         return 2 * cache.n_kv_heads * seen * D * cache.dtype.itemsize
     c = cache.config
-    metadata = D // c.group_size * 2 * cache.k_scale.itemsize  # of a token
     total = 0
-    for bits, newest in (c.k_bits, (length - 1) % c.residual), (c.v_bits, c.residual):
+    for codes, group, newest in (
+        ((D + c.boosted(D)) * c.k_bits, c.group_size, (length - 1) % c.residual),
+        (D * c.v_bits, c.value_group(D), c.residual),
+    ):
         exact = min(seen, newest + 1 + c.sink)
-        total += exact * D * cache.dtype.itemsize + (seen - exact) * (D * bits // 8 + metadata)
+        packed = codes // 8 + D // group * 2 * cache.k_scale.itemsize  # of a token
+        total += exact * D * cache.dtype.itemsize + (seen - exact) * packed
     return cache.n_kv_heads * total
 
 
-def needs(model, batch, prompt, max_len, kv="kivi2", **options):
+def weights_read(model):
+    """Bytes of weights that a decode step reads."""
+    unread = 0 if model.config.tied else model.embed.weight.nbytes  # one row of it is read
+    return weight_bytes(model) - unread
+
+
+def kv_read(model, length):
+    """Bytes of the caches that a decode step reads for a row of `length` tokens."""
+    return sum(traffic_of(layer.cache, length) for layer in model.layers)
+
+
+def needs(model, batch, prompt, max_len, kv, **options):
     """Bytes of a run by part, from shapes alone: weights, codes, metadata, window, activations.
 
     prompt   tokens of the longest prompt
@@ -115,10 +140,12 @@ def _decode_bytes(model, batch, max_len, config):
     # Scores and their softmax, in float32 and in the type of the product; partial results.
     row += c.n_heads * max_len * 4 * FLOAT
     row += c.n_heads * c.head_dim * 2 * FLOAT * (max_len // BLOCK + 1)
-    if not model.compiled:
-        written_out = max(WRITTEN_OUT * max_len, FLUSHED * config.group_size)
-        row += c.n_kv_heads * c.head_dim * written_out
-    return batch * row
+    if model.compiled:
+        return batch * row
+    one_head = batch * max_len * c.head_dim
+    heads = min(c.n_kv_heads, max(1, PORTION[model.embed.weight.is_cuda] // one_head))
+    flushed = batch * c.n_kv_heads * c.head_dim * config.residual
+    return batch * row + max(WRITTEN_OUT * heads * one_head, FLUSHED * flushed)
 
 
 def free_bytes(device):
@@ -138,11 +165,7 @@ def size(n_bytes):
 
 def largest(high, fits):
     """The largest n of 0 .. high with fits(n), where fits is true up to some n and false beyond."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, high + 1), True, key=lambda n: not fits(n))
 
 
 class Budget:
@@ -177,9 +200,12 @@ class Budget:
             return
         rows = largest(batch, lambda n: self.fits(n, capacity))
         tokens = largest(capacity, lambda n: self.fits(1, n))
-        best = f"{tokens} tokens fit, prompt included" if tokens else (
-            "not even the weights and one token fit")
-        best = f"a batch of {rows} fits" if rows else best
+        if rows:
+            best = f"a batch of {rows} fits"
+        elif tokens:
+            best = f"{tokens} tokens fit, prompt included"
+        else:
+            best = "not even the weights and one token fit"
         total = size(self.parts(batch, capacity)["total"])
         raise ValueError(f"a batch of {batch} with {capacity} tokens a row needs {total}, "
                          f"{size(self.free)} are free: {best}")
@@ -194,4 +220,4 @@ class Budget:
 
 def out_of_memory(error):
     said = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return said or isinstance(error, MemoryError)

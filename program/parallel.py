@@ -18,22 +18,20 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def join(device, interactive=False, dtype=None):
+def join(device, dtype):
     """Joins the processes of torchrun; returns this one's device. Only the first prints.
 
-    interactive  does the program read lines? raises ValueError: it can in one process only
-    dtype        its name
+    dtype  its name, or None
     """
-    if interactive:
-        raise ValueError("--interactive reads from one process, "
-                         f"torchrun started {processes()}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # A process that dies must not leave the others waiting.
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=5))
+        torch.distributed.init_process_group(
+            backend,
+            timeout=timedelta(minutes=5),  # a process that dies must not leave the others waiting
+        )
         if backend == "nccl" and dtype != "float16":  # of which PyTorch has no direct sums
             sum_directly()
     if rank():
@@ -70,6 +68,7 @@ def least_of_all(number, device):
 
 def leave():
     if processes() > 1:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        sys.stdout = sys.__stdout__
+        sys.stderr = sys.__stderr__
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

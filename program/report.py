@@ -3,17 +3,9 @@ import sys
 
 import torch
 
-from program.memory import cache_bytes, cache_parts, largest, traffic_of, weight_bytes
+from program.memory import cache_bytes, cache_parts, kv_read, largest, weights_read
 from program.parallel import processes, rank
 
-BANDWIDTH = {  # name of a device -> GB/s of its memory, as its data sheet says
-    "NVIDIA B200": 8000, "NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350,
-    "NVIDIA H100 NVL": 3900, "NVIDIA H100 PCIe": 2000, "NVIDIA A100-SXM4-80GB": 2039,
-    "NVIDIA A100 80GB PCIe": 1935, "NVIDIA A100-SXM4-40GB": 1555, "NVIDIA A100-PCIE-40GB": 1555,
-    "NVIDIA L40S": 864, "NVIDIA L4": 300, "NVIDIA A10G": 600, "Tesla V100-SXM2-16GB": 900,
-    "Tesla T4": 320, "NVIDIA GeForce RTX 5090": 1792, "NVIDIA GeForce RTX 4090": 1008,
-    "NVIDIA GeForce RTX 3090": 936,
-}
 COMPILE_TAKES = {"cuda": 37, "cpu": 40}  # seconds with empty caches, at any depth of the model
 # Seconds that a compiled step on CUDA saves, estimated: for the many small kernels of a layer, and
 # for each element of its K and V, which an uncompiled one writes out in full precision.
@@ -87,30 +79,25 @@ def traffic(model, rows):
 
     rows  [(tokens before the first step, steps)]
     """
-    # Of an embedding that is not the head, one row is read.
-    unread = 0 if model.config.tied else model.embed.weight.nbytes
-    total = (weight_bytes(model) - unread) * max(steps for _, steps in rows)
+    total = weights_read(model) * max(steps for _, steps in rows)
     for before, steps in rows:
-        length = before + 1 + steps // 2
-        total += steps * sum(traffic_of(layer.cache, length) for layer in model.layers)
+        total += steps * kv_read(model, before + 1 + steps // 2)
     return total
 
 
-def speeds(result, moved, compile_s, device):
-    """What the statistics say about speed; None: nothing was decoded, or the device is unknown."""
-    rate = moved / result["decode_s"] / 1e9 if result["tokens_per_s"] else None
-    peak = BANDWIDTH.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    prefill_s = result["prefill_s"]
-    return {
-        "compile_s": compile_s,
-        "prefill_tokens_per_s": result["prompt_tokens"] / prefill_s if prefill_s else None,
-        "decode_gb_per_s": rate,
-        "roofline": rate / peak if rate and peak else None,
-    }
+def roofline(rate, device):
+    """The share of the memory's bandwidth that a rate in GB/s is; None where it is not known."""
+    if not rate or device.type != "cuda":
+        return None
+    gpu = torch.cuda.get_device_properties(device)
+    peak = 2 * gpu.memory_clock_rate * gpu.memory_bus_width / 8e6  # twice a cycle; kHz and bits
+    if "MIG" in gpu.name or not peak:  # a part of a GPU, or a driver that does not tell
+        return None
+    return rate / peak
 
 
 def statistics(run, shape, tokens, times, decoded, moved):
-    """The numbers of a run, as its JSON object holds them.
+    """The numbers of a run, as its JSON object holds them; None where nothing was computed.
 
     shape    batch and capacity of the caches
     tokens   of the prompts, and new ones
@@ -118,18 +105,24 @@ def statistics(run, shape, tokens, times, decoded, moved):
     decoded  tokens of the decode steps in decode_s; moved: bytes that they read
     """
     device = run.model.embed.weight.device
-    result = {
-        "prompt_tokens": tokens[0],
-        "new_tokens": tokens[1],
-        "prefill_s": times["prefill_s"],
-        "decode_s": times["decode_s"],
-        "tokens_per_s": decoded / times["decode_s"] if decoded else None,
+    prompt_tokens, new_tokens = tokens
+    prefill_s, decode_s = times["prefill_s"], times["decode_s"]
+    rate = moved / decode_s / 1e9 if decoded else None
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "tokens_per_s": decoded / decode_s if decoded else None,
         "kv": run.kv,
         "kv_bytes": cache_bytes(run.model),
         "kv_bytes_full": sum(cache_parts(run.model, *shape, "bf16").values()),
         "peak_bytes": peak_bytes(device),
+        "compile_s": times["compile_s"],
+        "prefill_tokens_per_s": prompt_tokens / prefill_s if prefill_s else None,
+        "decode_gb_per_s": rate,
+        "roofline": roofline(rate, device),
     }
-    return result | speeds(result, moved, times["compile_s"], device)
 
 
 def pays_from(run):
@@ -149,15 +142,15 @@ def remarks(run, length):
     text = ""
     config = run.model.kv_configs(run.kv, **run.options)[0]
     if config and (length - 1) // config.residual * config.residual <= config.sink:
-        text += "; all tokens still lie in the exact window"
-        text += f": {config.v_bits} bits pay from about {pays_from(run)} tokens"
+        text += ("; all tokens still lie in the exact window: "
+                 f"{config.v_bits} bits pay from about {pays_from(run)} tokens")
     if not run.model.compiled and run.compile is None:
         seconds = COMPILE_TAKES["cuda" if run.model.embed.weight.is_cuda else "cpu"]
         text += f"; steps ran uncompiled, which is slower: --compile first takes about {seconds} s"
     return text
 
 
-def format_stats(result, cache, compiled=True):
+def format_stats(result, cache, compiled):
     """The statistics as one line. `cache` names the cache's kind."""
     line = f"{result['prompt_tokens']} prompt tokens in {result['prefill_s']:.2f} s"
     if result["prefill_tokens_per_s"]:

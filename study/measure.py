@@ -18,7 +18,7 @@ from program.parallel import processes
 
 
 class Results:
-    """What a command measures: facts of the run, and lists of rows that grow as it goes."""
+    """What a command measures: facts of the run, and rows that grow as it goes."""
 
     def __init__(self, command, device):
         name = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -31,14 +31,11 @@ class Results:
             "date": date.today().isoformat(),
         }
 
-    def rows(self, name="rows"):
-        return self.data.setdefault(name, [])
+    def rows(self):
+        return self.data.setdefault("rows", [])
 
-    def add(self, row, name="rows"):
-        self.rows(name).append(row)
-
-    def empty(self):
-        return not any(isinstance(value, list) and value for value in self.data.values())
+    def add(self, row):
+        self.rows().append(row)
 
     def write(self, path):
         Path(path).write_text(json.dumps(self.data, indent=1) + "\n")
@@ -67,19 +64,19 @@ def print_table(columns, rows):
         print(f"| {row} |")
 
 
-def synchronize(device):
-    if device.type == "cuda":
+def synchronize():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def clock(call, device, repeats):
+def clock(call, repeats):
     """Median seconds of a call until the device is done, by the host's clock."""
     times = []
     for _ in range(repeats):
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         call()
-        synchronize(device)
+        synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -104,15 +101,13 @@ def clock_replays(graph, repeats, before=None):
 
 def clock_calls(calls, device, repeats=30):
     """Median seconds of one of the calls: in one CUDA graph, or on a CPU one after the other."""
-    if device.type == "cuda":  # the launch of a graph takes 5 us, which many calls share
-        calls = calls * math.ceil(8 / len(calls))
-
     def run_all():
         return [call() for call in calls]  # kept: in a graph each result has memory of its own
 
     if device.type != "cuda":
         run_all()
-        return clock(run_all, device, repeats) / len(calls)
+        return clock(run_all, repeats) / len(calls)
+    calls = calls * math.ceil(8 / len(calls))  # the launch of a graph takes 5 us, which they share
     stream = side_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -135,13 +130,3 @@ def copy_bandwidth(results, device):
     results.data["copy_GB/s"] = bandwidth / 1e9
     say(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     return bandwidth
-
-
-def peak_memory(device):
-    """Peaks of this process on the device as a row notes them; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-    }

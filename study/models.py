@@ -1,15 +1,14 @@
-"""Models with random weights, at any number of tokens: what decode, throughput and memory run."""
-import dataclasses
+"""Models with random weights, and their decode steps at any number of tokens."""
 import gc
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from checkpoint.shares import shard
 from fused.linear import QuantizedLinear, weight_format
+from generate import Decoder
 from model import ModelConfig, Transformer
-from program.memory import SAFE, largest, needs, traffic_of, weight_bytes
 from program.parallel import processes, rank
 from study.measure import clock, clock_replays
 
@@ -20,72 +19,17 @@ MODELS = {  # vocabulary, dim, layers, heads, KV heads, head_dim, hidden_dim, co
     "tiny": ModelConfig(512, 64, 2, 4, 2, 32, 128, 2**17),  # runs anywhere, in tests
 }
 LARGE = ["llama-2-7b", "llama-3.1-8b"]  # what is measured where no model is named
-REQUESTS = {  # caches of many rows, as arguments of setup_caches
-    "bf16": {"kv": "bf16"},
-    "kivi2 R32": {"kv": "kivi2", "residual": 32},
-    "kivi2 R128": {"kv": "kivi2"},
-    "kivi2+": {"kv": "kivi2+"},
-}
-LOADS = ["161/338", "4096/256", "32768/256"]
-
-
-class Load(NamedTuple):
-    """Tokens of a prompt, and new tokens after it."""
-
-    prompt: int
-    output: int
-
-
-def load(text):
-    """The Load of "prompt/output". raises ValueError: not two numbers, or nothing to decode"""
-    prompt, output = map(int, text.split("/"))
-    if prompt < 1 or output < 2:
-        raise ValueError
-    return Load(prompt, output)
-
-
-def add_load_arguments(add):
-    """The arguments that throughput and memory share. add: `add_argument` of their parser."""
-    add("--models", nargs="+", choices=[*LARGE, "tiny"], default=LARGE,
-        help="which models (default: all but tiny)")
-    add("--caches", nargs="+", choices=REQUESTS, default=list(REQUESTS),
-        help="which caches (default: all)")
-    add("--layers", type=int, help="fewer layers than the model has")
-    add("--loads", nargs="+", type=load, default=[load(text) for text in LOADS],
-        help=f"prompt/output tokens (default {' '.join(LOADS)})")
-    add("--budget-gb", type=float, default=80.0,
-        help="1e9 bytes that a run may take, enforced on CUDA (default 80)")
-
-
-def run_bytes(model, batch, load, label):
-    """Bytes of a run by part, by the formula; formula_bytes is their sum."""
-    parts = needs(model, batch, load.prompt, sum(load), **REQUESTS[label])
-    return parts | {"formula_bytes": sum(parts.values())}
-
-
-def largest_batch(model, load, label, budget_gb):
-    """Rows that fit the budget, by the formula."""
-    most = SAFE * budget_gb * 1e9
-    return largest(2**16, lambda n: run_bytes(model, n, load, label)["formula_bytes"] <= most)
-
-
-def limit_memory(results, device, budget_gb):
-    """Lets allocations beyond the budget fail, as on a card of that size (and its CUDA context)."""
-    results.data["budget_GB"] = budget_gb
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gb * 1e9 / total))
-
-
-def model_config(name, layers=None):
-    """The ModelConfig of that name, or fewer layers of it."""
-    return dataclasses.replace(MODELS[name], n_layers=layers or MODELS[name].n_layers)
 
 
 @torch.no_grad()
-def random_model(config, device, weights=None):
-    """A bfloat16 model with random weights. weights: None, or a format of fused/linear.py."""
-    config = dataclasses.replace(config, weights=weight_format(weights) if weights else None)
+def random_model(config, device, layers=None, weights="bf16"):
+    """A bfloat16 model with random weights.
+
+    layers   fewer than the config has
+    weights  bf16, or a format of fused/linear.py
+    """
+    form = None if weights == "bf16" else weight_format(weights)
+    config = replace(config, n_layers=layers or config.n_layers, weights=form)
     config = shard(config, rank(), processes())
     with torch.device("meta"):
         model = Transformer(config)
@@ -101,17 +45,15 @@ def random_model(config, device, weights=None):
     return model.eval().requires_grad_(False)
 
 
-def step_bytes(model, batch, length):
-    """Bytes that a decode step reads: weights, K and V of rows that end with `length` tokens."""
-    weights = weight_bytes(model) - model.embed.weight.nbytes  # one row of it is read
-    return weights, batch * sum(traffic_of(layer.cache, length) for layer in model.layers)
-
-
-def library_attention(cache, q, pos, t):
-    """The strongest baseline for rows of one length: the library's attention over the tokens that
-    a FullCache holds, without a mask."""
-    k, v = cache.dequantized()
+def library_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_without_mask(cache, q, pos, t):
+    """The strongest baseline for rows of one length: the library's attention over the tokens that
+    a FullCache holds."""
+    n = cache.length
+    return library_attention(q, cache.k_window[:, :, :n], cache.v_window[:, :, :n])
 
 
 def compile_step(model, kv, prefill=False):
@@ -120,14 +62,14 @@ def compile_step(model, kv, prefill=False):
     if model.embed.weight.is_cuda:
         model.compile(prefill=prefill)
         if kv == "bf16":
-            model.step.attend = library_attention
+            model.step.attend = attend_without_mask
 
 
 def random_caches(model, batch, capacity, kv, **options):
     """Caches full of random numbers: with zeros a GPU would run at a higher clock."""
     for layer in model.layers:
         layer.cache = None
-    clear(model.embed.weight.device)
+    clear()
     model.setup_caches(batch, capacity, kv, **options)
     for layer in model.layers:
         for buffer in layer.cache.buffers():
@@ -137,10 +79,10 @@ def random_caches(model, batch, capacity, kv, **options):
                 buffer.normal_(0, 0.1)
 
 
-def clear(device):
+def clear():
     """Frees what nothing refers to, and lets the peak of memory start anew."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -151,16 +93,21 @@ def at_length(model, n):
     model.cache.lengths[:] = [n] * model.cache.batch
 
 
-def step_seconds(decoder, n, repeats):
-    """Median seconds of a step of a new decoder whose rows hold n tokens: replays of its CUDA
-    graph, or on a CPU whole calls."""
-    model = decoder.model
+def step_seconds(model, n, repeats):
+    """(median seconds of a step of rows that hold n tokens, seconds of the first, which compiles).
+
+    Medians of replays of its CUDA graph, or on a CPU of whole calls.
+    """
+    decoder = Decoder(model, torch.zeros_like(model.cache.pos)[:, None])  # tokens [B, 1]
 
     def step():
         at_length(model, n)
         decoder()
 
     step()
-    for graph in decoder.graphs.values():
-        return clock_replays(graph, repeats, before=lambda: model.cache.pos.fill_(n))
-    return clock(step, model.embed.weight.device, repeats)
+    if decoder.graphs:
+        (graph,) = decoder.graphs.values()
+        seconds = clock_replays(graph, repeats, before=lambda: model.cache.pos.fill_(n))
+    else:
+        seconds = clock(step, repeats)
+    return seconds, decoder.compile_s

@@ -1,32 +1,39 @@
-"""What a cache's bits cost: perplexity, KL to full precision, and facts found in long prompts.
+"""What a cache's bits cost: perplexity and KL to full precision, choices of tokens, and answers
+found in long prompts.
 
 Tokens are decoded one by one, teacher-forced, after an exact prefill: that reads the cache as
 decoding does. A single forward pass would never read it.
 """
-import itertools
 import math
 import random
 import statistics
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint.hub import EMBEDDED
-from generate import DTYPES, load
-from kivi import FullCache, KiviCache
+from checkpoint.hub import EMBEDDED, resolve
+from checkpoint.text import chat_template
+from generate import DTYPES, generate, load
 from study.measure import print_table, say
 from study.models import at_length
-from study.prompts import DEPTHS, TASKS, hide, text_rows
+from study.prompts import DEPTHS, TASKS, make_case, text_rows
 from study.variants import STUDY, Fake, simulate
 
 CACHES = {  # label -> arguments of setup_caches; the first is the measure of all others
     "full precision": {"kv": "bf16"},
     "kivi4": {"kv": "kivi4"},
     "k4v2": {"kv": "k4v2"},
+    "k4v2, 4 sinks": {"kv": "k4v2", "sink": 4},
     "kivi2+": {"kv": "kivi2+"},
+    "kivi2-": {"kv": "kivi2-"},
     "kivi2": {"kv": "kivi2"},
+    "kivi2, 4 sinks": {"kv": "kivi2", "sink": 4},
     "kivi2, R = 32": {"kv": "kivi2", "residual": 32},
 }
+QUESTIONS = ("prefilled", "decoded")  # how a question comes; its answer is always decoded
 
 
 def add_arguments(add):
@@ -39,24 +46,29 @@ def add_arguments(add):
     add("--rows", type=int, default=8, help="rows of text")
     add("--tokens", type=int, default=512, help="at most scored a row")
     add("--prefill", type=int, default=256, help="tokens of exact prefill")
+    add("--greedy", type=int, default=128, help="tokens that full precision adds to these")
     add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096],
-        help="tokens of the retrieval prompts")
-    add("--trials", type=int, default=2, help="prompts a length and depth")
-    add("--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="retrieval tasks")
-    add("--seed", type=int, default=0, help="of the retrieval prompts")
+        help="tokens of the prompts that ask")
+    add("--trials", type=int, default=2, help="such prompts a length and depth")
+    add("--batch", type=int, default=40, help="such prompts at a time")
+    add("--tasks", nargs="*", choices=TASKS, default=["pass key", "multi-key"],
+        help="what they ask (default: pass key and multi-key)")
+    add("--seed", type=int, default=0, help="of these prompts")
     add("--study", action="store_true",
         help="also simulate the paper's variants and the ideas beyond it")
 
 
 def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tokens, prefill,
-            lengths, trials, tasks, seed, study):
-    """perplexity, KL and retrieval through the cache; --study: the long table"""
+            greedy, lengths, trials, batch, tasks, seed, study):
+    """perplexity, KL, greedy choices and retrieval through the cache; --study: the long table"""
     model, tokenizer = load(checkpoint, device, DTYPES[dtype], weights=weights)
-    text = Path(text).read_text(encoding="utf-8")
-    windows = text_rows(tokenizer, text, prefill, rows, tokens).to(device)
+    words = Path(text).read_text(encoding="utf-8")
+    windows = text_rows(tokenizer, words, prefill, rows, tokens).to(device)
     results.data |= {
-        "checkpoint": checkpoint or "tiny",
+        "checkpoint": Path(checkpoint or EMBEDDED).name,
         "weights": weights,
+        "dtype": dtype,
+        "text": Path(text).name,
         "prefill": prefill,
         "rows_of_text": rows,
         "scored": windows[:, prefill:].numel(),
@@ -67,59 +79,80 @@ def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tok
         model.kv_configs(**cache)  # what is wrong with one should be known before all is measured
     chosen |= STUDY if study else {}
     lengths = [length for length in lengths if length <= model.config.max_len]
-    longest = lengths[-1] if lengths else windows.shape[1]
-    base = None
+    longest = max(lengths, default=windows.shape[1])
+    read_text(results, model, chosen, windows, prefill, greedy, longest)
+    render = None
+    with suppress(ValueError):  # a checkpoint without a template gets plain text
+        render = chat_template(resolve(checkpoint))
+    answers = results.data["answers"] = []
+    for task, length, question in product(tasks, lengths, QUESTIONS):
+        cases = []
+        for number, depth in enumerate(DEPTHS * trials):
+            rng = random.Random(f"{seed}, {task}, {length}, {number}")  # not of the question
+            cases.append(make_case(tokenizer, render, words, task, length, depth, rng,
+                                   question == "decoded"))
+        column = {"task": task, "tokens": length, "question": question}
+        answers += answered(model, chosen, cases, batch, column)
+    print_answers(answers)
+
+
+def read_text(results, model, caches, windows, prefill, greedy, longest):
+    """Adds a row for each cache: how it reads windows [B, T] of a text behind their prefill, and
+    the `greedy` tokens that full precision puts there itself."""
     prompt = prefilled(model, windows[:, :prefill])
-    for label, cache in chosen.items():
+    own = generate(model, windows[:, :prefill], greedy, kv="bf16", stop=())[:, prefill:]
+    base = None
+    for label, cache in caches.items():
         logp = decoded(model, cache, prompt, windows[:, prefill:-1])
         base = logp if base is None else base
-        row = {
-            "cache": label,
-            "simulated": isinstance(cache, Fake),
-            **text_metrics(logp, base, windows[:, prefill:]),
-            "retrieval": {},
-            "answer_loss": {},
-        }
-        row["bits"], row["bits_whole"] = stored_bits(model, cache, longest)
+        bits, whole = stored_bits(model, cache, longest)
+        row = {"cache": label, "simulated": isinstance(cache, Fake), "bits": bits,
+               "bits_whole": whole, **text_metrics(logp, base, windows[:, prefill:]),
+               **greedy_metrics(decoded(model, cache, prompt, own[:, :-1]), own)}
         results.add(row)
         say(f"  {label}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}")
-    rng = random.Random(seed)
-    columns = list(itertools.product(tasks, lengths))
-    for length, task in itertools.product(lengths, tasks):
-        cases = [hide(tokenizer, text, task, length, depth, rng) for depth in DEPTHS * trials]
-        retrieve(model, chosen.values(), results.rows(), cases, task, length)
     print_table(
-        "cache | stored bits | whole cache | perplexity | mean KL | 99th percentile | top-1"
-        + "".join(f" | {task}, {length:,}" for task, length in columns),
-        [f"{row['cache']} | {row['bits']:.2f} | {row['bits_whole']:.2f} | {row['perplexity']:.3f} "
-         f"| {row['kl']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.3f}"
-         + "".join(f" | {found(row, *column)}" for column in columns) for row in results.rows()])
+        "cache | stored bits | whole cache | perplexity | mean KL | 99th percentile | top-1 | "
+        "greedy top-1 | greedy tokens alike",
+        [f"{row['cache']} | {row['bits']:.2f} | {row['bits_whole']:.2f} | "
+         f"{row['perplexity']:.3f} | {row['kl']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.3f} | "
+         f"{row['greedy_top1']:.3f} | {row['greedy_alike']:g}" for row in results.rows()])
 
 
-def retrieve(model, caches, rows, cases, task, length):
-    """Notes in the row of each cache [hits, trials] by depth, and the mean loss of the answers."""
+def answered(model, caches, cases, batch, column):
+    """A row for each cache: which of the cases it answers, and the mean loss of an answer.
+
+    column  what the rows say beside; their hits are in the order of the cases
+    """
     device = model.embed.weight.device
-    for row in rows:
-        row["retrieval"].setdefault(task, {})[length] = {depth: [0, 0] for depth in DEPTHS}
-        row["answer_loss"].setdefault(task, {})[length] = 0
-    for prompt, answer, depth in cases:
-        # The question's last token is decoded: the answer's first must come through the cache too.
-        before = prefilled(model, torch.tensor([prompt[:-1]], device=device))
-        given = torch.tensor([prompt[-1:] + answer[:-1]], device=device)
-        for cache, row in zip(caches, rows):
-            logp = decoded(model, cache, before, given)[0, 1:]  # [tokens of the answer, V]
-            hits = row["retrieval"][task][length][depth]
-            hits[0] += logp.argmax(-1).tolist() == answer
-            hits[1] += 1
-            loss = -logp[range(len(answer)), answer].sum().item()
-            row["answer_loss"][task][length] += loss / len(cases)
-    say(f"  {task} at {length}: "
-        + ", ".join(f"{row['cache']} {found(row, task, length)}" for row in rows))
+    rows = [{"cache": label, **column, "hits": [], "loss": 0} for label in caches]
+    for first in range(0, len(cases), batch):
+        part = cases[first : first + batch]
+        prompt = prefilled(model, torch.tensor([case.prompt for case in part], device=device))
+        rest = pad_sequence([torch.tensor(case.rest) for case in part], True).to(device)
+        for row, cache in zip(rows, caches.values()):
+            logp = decoded(model, cache, prompt, rest[:, :-1])
+            for case, case_logp, case_rest in zip(part, logp, rest):
+                place = slice(len(case.rest) - case.answer, len(case.rest))
+                ours, target = case_logp[place], case_rest[place]
+                row["hits"].append(int((ours.argmax(-1) == target).all()))
+                row["loss"] -= ours.gather(-1, target[:, None]).sum().item() / len(cases)
+    say(f"  {' '.join(map(str, column.values()))}: "
+        + ", ".join(f"{row['cache']} {sum(row['hits'])}" for row in rows))
+    return rows
 
 
-def found(row, task, length):
-    hits, trials = map(sum, zip(*row["retrieval"][task][length].values()))
-    return f"{hits}/{trials}"
+def print_answers(rows):
+    """A table for each task: how many prompts each cache answers, by length and question."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        columns, lines = {"cache": None}, {}
+        for row in rows:
+            if row["task"] == task:
+                columns[f"{row['tokens']:,}, {row['question']}"] = None
+                line = lines.setdefault(row["cache"], [row["cache"]])
+                line.append(f"{sum(row['hits'])}/{len(row['hits'])}")
+        print(f"\n{task.capitalize()}, by tokens and how the question comes")
+        print_table(" | ".join(columns), map(" | ".join, lines.values()))
 
 
 def prefilled(model, tokens):
@@ -167,21 +200,31 @@ def text_metrics(logp, base, target):
     }
 
 
+def greedy_metrics(logp, own):
+    """logp [B, n, V] of full precision's own tokens [B, n], the first of which no cache chose.
+
+    Until one differs they are what the cache would have chosen by itself.
+    """
+    same = (logp.argmax(-1) == own)[:, 1:]
+    return {
+        "greedy_top1": same.float().mean().item(),
+        "greedy_alike": statistics.median(same.cumprod(1).sum(1).tolist()),
+    }
+
+
 def stored_bits(model, cache, length):
-    """Bits per element: of what is quantized, and of a whole cache of that length.
+    """Bits per element: of what is quantized, and of all in a cache of that length.
 
     Scales, zeros and exact tokens count 16 bits a number.
     """
-    heads, head_dim = model.config.n_kv_heads, model.config.head_dim
-    if isinstance(cache, Fake):
-        return cache.stored_bits(head_dim, length)
+    head_dim = model.config.head_dim
     layers = []
-    for config in model.kv_configs(**cache):
-        kind, bits, options = FullCache, 16, {}
+    for config in [cache] if isinstance(cache, Fake) else model.kv_configs(**cache):
+        bits, exact = 16, 0
         if config:
-            kind, options = KiviCache, vars(config)
-            bits = (config.k_bits + config.v_bits) / 2 + 32 / config.group_size
-        parts = kind.sizes(1, heads, length, head_dim, dtype=torch.bfloat16, **options)
-        stored = parts["codes"] + parts["metadata"] + parts["window"]  # bytes of K and V
-        layers.append((bits, 4 * stored / (heads * length * head_dim)))
+            k_bits = config.k_bits * (1 + config.boosted(head_dim) / head_dim)
+            k_bits += 32 / config.group_size
+            bits = (k_bits + config.v_bits + 32 / config.value_group(head_dim)) / 2
+            exact = (config.sink + config.residual) / length
+        layers.append((bits, bits + (16 - bits) * exact))
     return map(statistics.mean, zip(*layers))

@@ -9,55 +9,106 @@ import itertools
 import statistics
 import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from generate import Decoder
 from kivi import KiviCache
-from study.measure import clock, copy_bandwidth, peak_memory, print_table, say
+from program.memory import SAFE, kv_read, largest, needs, weights_read
+from study.measure import clock, copy_bandwidth, print_table, say
 from study.models import (
-    REQUESTS, add_load_arguments, clear, compile_step, largest_batch, limit_memory, model_config,
-    random_caches, random_model, run_bytes, step_bytes, step_seconds,
+    LARGE, MODELS, clear, compile_step, random_caches, random_model, step_seconds,
 )
+
+REQUESTS = {  # caches of many rows, as arguments of setup_caches
+    "bf16": {"kv": "bf16"},
+    "kivi2 R32": {"kv": "kivi2", "residual": 32},
+    "kivi2 R128": {"kv": "kivi2"},
+    "kivi2+": {"kv": "kivi2+"},
+}
+LOADS = ["161/338", "4096/256", "32768/256"]
+
+
+class Load(NamedTuple):
+    """Tokens of a prompt, and new tokens after it."""
+
+    prompt: int
+    output: int
+
+
+def load(text):
+    """The Load of "prompt/output". raises ValueError: not two numbers, or nothing to decode"""
+    prompt, output = map(int, text.split("/"))
+    if prompt < 1 or output < 2:
+        raise ValueError
+    return Load(prompt, output)
 
 
 def add_arguments(add):
-    add_load_arguments(add)
+    add("--models", nargs="+", choices=[*LARGE, "tiny"], default=LARGE,
+        help="which models (default: all but tiny)")
+    add("--caches", nargs="+", choices=REQUESTS, default=list(REQUESTS),
+        help="which caches (default: all)")
+    add("--layers", type=int, help="fewer layers than the model has")
+    add("--loads", nargs="+", type=load, default=[load(text) for text in LOADS],
+        help=f"prompt/output tokens (default {' '.join(LOADS)})")
+    add("--budget-gb", type=float, default=80.0,
+        help="1e9 bytes that a run may take, enforced on CUDA (default 80)")
     add("--batches", nargs="+", type=int, help="these instead of the largest")
-    add("--curve", action="store_true", help="also powers of four below the largest batch")
 
 
-def throughput(results, device, models, caches, layers, loads, budget_gb, batches, curve):
+def throughput(results, device, models, caches, layers, loads, budget_gb, batches):
     """tokens/s against the batch within --budget-gb, random weights (CUDA, or --models tiny)"""
     copy_bandwidth(results, device)
     limit_memory(results, device, budget_gb)
     for name in models:
-        clear(device)
-        model = random_model(model_config(name, layers), device)
+        clear()
+        model = random_model(MODELS[name], device, layers)
         for load, label in itertools.product(loads, caches):
             compile_step(model, REQUESTS[label]["kv"])  # which needs less memory
-            top = largest_batch(model, load, label, budget_gb)
-            powers = [4**i for i in range(8) if curve and 4**i < top]
-            for batch in batches or [*powers, top]:
+            most = SAFE * budget_gb * 1e9
+            top = largest(2**16, lambda rows: run_bytes(model, rows, load, label) <= most)
+            for batch in batches or [top]:
                 add_row(results, model, name, load, label, batch, batch == top)
         del model
     rows = [row for row in results.rows() if "failed" not in row]
-    print_rows(rows)
+    print_table(
+        "model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | "
+        "prefill, s | step, ms | roofline, ms: weights, KV",
+        [f"{row['model']} | {row['prompt']}/{row['output']} | {row['cache']} | "
+         f"{row['batch']}{' (largest)' if row['largest'] else ''} | {row['tokens_per_s']:.1f} | "
+         f"{row['decode_tokens_per_s']:.1f} | "
+         f"{row.get('peak_bytes', row['formula_bytes']) / 1e9:.2f} | {row['prefill_s']:.2f} | "
+         f"{statistics.mean(row['step_ms']):.2f} | "
+         f"{', '.join(f'{ms:.2f}' for ms in row['roofline_ms'].values())}" for row in rows])
     print_ratios(results, rows)
 
 
-def add_row(results, model, name, load, label, batch, largest):
+def limit_memory(results, device, budget_gb):
+    """Lets allocations beyond the budget fail, as on a card of that size (and its CUDA context)."""
+    results.data["budget_GB"] = budget_gb
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gb * 1e9 / total))
+
+
+def run_bytes(model, batch, load, label):
+    """Bytes of a run, by the formula."""
+    return sum(needs(model, batch, load.prompt, sum(load), **REQUESTS[label]).values())
+
+
+def add_row(results, model, name, load, label, batch, is_largest):
     """Measures a batch; one more where the largest by the formula was too large."""
-    row = {"model": name, **load._asdict(), "cache": label, "batch": batch, "largest": largest}
-    row["formula_bytes"] = run_bytes(model, batch, load, label)["formula_bytes"]
+    row = {"model": name, **load._asdict(), "cache": label, "batch": batch,
+           "largest": is_largest, "formula_bytes": run_bytes(model, batch, load, label)}
     row |= run(model, batch, load, label) if batch else {"failed": "not one row fits"}
     if "failed" not in row:
-        weights, kv = step_bytes(model, batch, load.prompt + load.output // 2)
         bandwidth = results.data["copy_GB/s"] * 1e6  # bytes a millisecond
-        row["roofline_ms"] = {"weights": weights / bandwidth, "kv": kv / bandwidth}
+        kv = batch * kv_read(model, load.prompt + load.output // 2)
+        row["roofline_ms"] = {"weights": weights_read(model) / bandwidth, "kv": kv / bandwidth}
     results.add(row)
     say(f"  {name} {load.prompt}/{load.output} {label} B={batch}: {row.get('failed') or told(row)}")
-    if "failed" in row and largest and batch > 1:
+    if "failed" in row and is_largest and batch > 1:
         add_row(results, model, name, load, label, int(0.95 * batch), True)
 
 
@@ -70,43 +121,44 @@ def run(model, batch, load, label):
     try:
         random_caches(model, batch, sum(load), **REQUESTS[label])
         prefill = prefill_seconds(model, batch, load.prompt)
-        steps = decode_seconds(model, batch, lengths)
+        steps = decode_seconds(model, lengths)
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory: {str(error)[:200]}"}
     decode = torch.trapezoid(torch.tensor(steps), torch.tensor(lengths)).item()
-    return {
+    times = {
         "prefill_s": prefill,
         "step_ms": [1e3 * step for step in steps],
         "decode_s": decode,
         "tokens_per_s": batch * load.output / (prefill + decode),
         "decode_tokens_per_s": batch * (load.output - 1) / decode,
         "took_s": time.perf_counter() - begin,
-        **peak_memory(model.embed.weight.device),
     }
+    if model.embed.weight.is_cuda:
+        times["peak_bytes"] = torch.cuda.max_memory_allocated()
+        times["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return times
 
 
 def prefill_seconds(model, batch, prompt):
     """Seconds of a prefill of `batch` rows, from its first group of rows."""
-    device = model.embed.weight.device
     rows, chunk = model.groups(prompt)
     rows = min(rows, batch)
+    device = model.cache.pos.device
     tokens = torch.randint(model.config.vocab_size, (rows, prompt), device=device)
     model.cache.pos.fill_(prompt)
     group = partial(model.prefill_rows, tokens, 0, chunk)
     group()  # the first of a process takes 0.2 s longer, and counts as often as there are groups
-    return clock(group, device, 5 if prompt <= 4096 else 1) * batch / rows
+    return clock(group, 5 if prompt <= 4096 else 1) * batch / rows
 
 
-def decode_seconds(model, batch, lengths):
+def decode_seconds(model, lengths):
     """Seconds of a decode step at each of the lengths, with its share of quantizing the keys."""
-    device = model.embed.weight.device
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    steps = [step_seconds(Decoder(model, token, temperature=0.0), n, 9) for n in lengths]
+    steps = [step_seconds(model, n, 9)[0] for n in lengths]
     if isinstance(model.cache, KiviCache):
         residual = model.cache.config.residual
         model.cache.pos.fill_(residual)  # every row has completed a block
         model.flush()
-        flush = clock(model.flush, device, 3) / residual
+        flush = clock(model.flush, 3) / residual
         steps = [step + flush for step in steps]
     return steps
 
@@ -118,33 +170,18 @@ def told(row):
             f"by the formula ({row['took_s']:.0f} s)")
 
 
-def peak(row):
-    """Peak memory as measured, or where nothing measures it by the formula."""
-    return row.get("peak_bytes", row["formula_bytes"])
-
-
-def print_rows(rows):
-    print_table(
-        "model | prompt/output | cache | batch | tokens/s | decoding only | peak, GB | "
-        "prefill, s | step, ms | roofline, ms: weights, KV",
-        [f"{row['model']} | {row['prompt']}/{row['output']} | {row['cache']} | "
-         f"{row['batch']}{' (largest)' if row['largest'] else ''} | {row['tokens_per_s']:.1f} | "
-         f"{row['decode_tokens_per_s']:.1f} | {peak(row) / 1e9:.2f} | {row['prefill_s']:.2f} | "
-         f"{statistics.mean(row['step_ms']):.2f} | "
-         f"{', '.join(f'{ms:.2f}' for ms in row['roofline_ms'].values())}" for row in rows])
-
-
 def print_ratios(results, rows):
     """What every cache gains over full precision, at the largest batch of each."""
-    for full, row in itertools.product(rows, rows):
+    ratios = results.data["ratios"] = []
+    largest = [row for row in rows if row["largest"]]
+    for full, row in itertools.product(largest, largest):
         same = {key: row[key] for key in ("model", "prompt", "output", "largest")}
-        pair = full["cache"] == "bf16" != row["cache"]
-        if pair and row["largest"] and same.items() <= full.items():
+        if full["cache"] == "bf16" != row["cache"] and same.items() <= full.items():
             gains = {key: row[key] / full[key]
                      for key in ("batch", "tokens_per_s", "decode_tokens_per_s")}
-            results.add(same | {"cache": row["cache"], **gains}, "ratios")
+            ratios.append(same | {"cache": row["cache"], **gains})
     print_table(
         "model | prompt/output | cache | batch against bf16 | tokens/s | decoding only",
         [f"{row['model']} | {row['prompt']}/{row['output']} | {row['cache']} | "
          f"{row['batch']:.2f}× | {row['tokens_per_s']:.2f}× | {row['decode_tokens_per_s']:.2f}×"
-         for row in results.rows("ratios")])
+         for row in ratios])

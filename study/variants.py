@@ -9,37 +9,22 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize import group_codes
+from quantize import KVConfig, channel_order, group_codes
 
 
 @dataclass(frozen=True)
-class Fake:
+class Fake(KVConfig):
     """A simulated cache.
 
     axes      "channel" (groups of consecutive tokens of one channel) or "token" (groups of
               channels of one token)
     residual  R. Values per token: the last R are exact. Keys, and values per channel: the tokens
               after the last multiple of R; at 0 those whose group is not complete
+    boost     for keys per channel only, and not without a residual: its tokens choose the channels
     """
 
-    k_bits: int = 2
-    v_bits: int = 2
     k_axis: str = "channel"
     v_axis: str = "token"
-    group_size: int = 32
-    residual: int = 128
-    sink: int = 0
-    k_shrink: float = 1.0
-    v_shrink: float = 1.0
-
-    def stored_bits(self, head_dim, length):
-        """Bits per element: of what is quantized, and of all in a cache of that length."""
-        bits = (self.k_bits + self.v_bits) / 2
-        for axis in (self.k_axis, self.v_axis):
-            G = self.group_size if axis == "channel" else min(self.group_size, head_dim)
-            bits += 16 / G  # half of scale and zero, 16 bits each
-        exact = (self.sink + self.residual) / length
-        return bits, bits + (16 - bits) * exact
 
     def exact(self, pos, first, by_blocks):
         """[n, T] bool: does the query at pos [n] read token t < T exactly?
@@ -52,39 +37,46 @@ class Fake:
         t = torch.arange(int(pos[-1]) + 1, device=pos.device)
         return (t >= first[:, None]) | (t < self.sink)
 
-    def quantized(self, x, bits, axis, shrink):
-        """x [B, Hk, T, D] as it comes back from `bits` bits."""
-        T, D = x.shape[2:]
-        G = self.group_size
+    def quantized(self, x, bits, axis, group_size, n_boosted=0):
+        """x [B, Hk, T, D] as it comes back from `bits` bits, in float32."""
+        T, G = x.shape[2], group_size
         if axis == "token":
-            groups = x.unflatten(-1, (-1, min(G, D)))  # [B, Hk, T, D / G, G]
-            codes, scale, zero = group_codes(groups, bits, shrink=shrink)
-            return (codes * scale + zero).flatten(-2)
+            return rounded(x.unflatten(-1, (-1, G)), bits, -1).flatten(-2)
         t = torch.arange(math.ceil(T / G) * G, device=x.device)
         # A sink stays out of its group: the group's first token that is none stands in for it.
         t = torch.maximum(t, (t | G - 1).clamp(max=self.sink))
         # So does the last token for those that are not there yet.
         t = t.clamp(max=T - 1)
         groups = x[:, :, t].unflatten(2, (-1, G))  # [B, Hk, T / G, G, D]
-        codes, scale, zero = group_codes(groups, bits, dim=3, shrink=shrink)
-        return (codes * scale + zero).flatten(2, 3)[:, :, :T]
+        out = rounded(groups, bits, 3)
+        if n_boosted:
+            boosted = channel_order(groups[:, :, : self.residual // G])[..., :n_boosted]
+            boosted = boosted[:, :, None, None].expand(*groups.shape[:4], -1)
+            out.scatter_(4, boosted, rounded(groups.gather(4, boosted), 2 * bits, 3))
+        return out.flatten(2, 3)[:, :, :T]
 
     def attention(self, q, k, v, pos):
         """q [B, H, n, D] at pos [n]; k, v [B, Hk, T, D], exact -> [B, H, n, D], in float32."""
-        k_read = self.quantized(k, self.k_bits, self.k_axis, self.k_shrink)
-        v_read = self.quantized(v, self.v_bits, self.v_axis, self.v_shrink)
+        D = q.shape[-1]
+        k_read = self.quantized(k, self.k_bits, self.k_axis, self.group_size, self.boosted(D))
+        v_read = self.quantized(v, self.v_bits, self.v_axis, self.value_group(D))
         # Keys per token fill a window as those per channel do; without one, none is exact.
         exact_k = self.exact(pos, pos + 1, self.k_axis == "channel" or self.residual)
         exact_v = self.exact(pos, pos - self.residual, self.v_axis == "channel")
         q = q.unflatten(1, (k.shape[1], -1)).float()  # [B, Hk, M, n, D]
-        k, k_read = k[:, :, None].float(), k_read[:, :, None].float()
-        v, v_read = v[:, :, None].float(), v_read[:, :, None].float()
+        k, v, k_read, v_read = (x[:, :, None].float() for x in (k, v, k_read, v_read))
         scores = torch.where(exact_k, q @ k.mT, q @ k_read.mT)  # [B, Hk, M, n, T]
-        scores = scores / q.shape[-1] ** 0.5
+        scores = scores / D**0.5
         unseen = torch.arange(k.shape[3], device=q.device) > pos[:, None]
         p = scores.masked_fill(unseen, -math.inf).softmax(-1)
         out = p * exact_v @ v + p * ~exact_v @ v_read
         return out.flatten(1, 2)
+
+
+def rounded(groups, bits, dim):
+    """Groups along `dim` as they come back from `bits` bits, in float32."""
+    codes, scale, zero = group_codes(groups, bits, dim)
+    return codes * scale.float() + zero.float()
 
 
 def simulate(model, fake, prompt_kv, tokens):
@@ -115,22 +107,23 @@ def _study():
     fakes = {}
     for k, v in axes:
         name = f"K per {k}, V per {v}"
-        fakes[f"{name}, R = 0"] = Fake(2, 2, k, v, residual=0)
-        fakes[f"{name}, R = 128"] = Fake(2, 2, k, v)
-        fakes[f"{name}, R = 0, 4 bits"] = Fake(4, 4, k, v, residual=0)
+        fakes[f"{name}, R = 0"] = Fake(k_axis=k, v_axis=v, residual=0)
+        fakes[f"{name}, R = 128"] = Fake(k_axis=k, v_axis=v)
+        fakes[f"{name}, R = 0, 4 bits"] = Fake(4, 4, k_axis=k, v_axis=v, residual=0)
     for R in (32, 64, 128):
         fakes[f"2 bits, R = {R}"] = Fake(residual=R)
     for G in (64, 128):
-        fakes[f"2 bits, G = {G}"] = Fake(group_size=G)
+        fakes[f"2 bits, G = {G}"] = Fake(group_size=G, v_group_size=G)
     for k, v in ((2, 4), (4, 2), (4, 4)):
         fakes[f"K {k} V {v} bits"] = Fake(k, v)
-    for S in (4, 32):
+    for S in (1, 4, 32):
         fakes[f"sink {S}"] = Fake(sink=S)
-    fakes["shrink 0.8"] = Fake(k_shrink=0.8, v_shrink=0.8)
-    for S, shrink in ((4, 0.8), (32, 0.9), (32, 0.85), (32, 0.8)):
-        name = f"sink {S}, shrink {shrink}"
-        fakes[name] = Fake(sink=S, k_shrink=shrink, v_shrink=shrink)
-    fakes["kivi2+, G = 64"] = Fake(sink=32, k_shrink=0.8, v_shrink=0.8, group_size=64)
+    fakes["boost 1/4"] = Fake(boost=1 / 4)
+    for part in (8, 4, 2):
+        fakes[f"sink 4, boost 1/{part}"] = Fake(sink=4, boost=1 / part)
+    for G, part in ((32, 4), (64, 4), (64, 2)):
+        name = f"sink 4, boost 1/{part}, G = {G}, 64 for V"
+        fakes[name] = Fake(sink=4, boost=1 / part, group_size=G, v_group_size=64)
     return fakes
 
 

@@ -21,12 +21,19 @@ CASES = {  # name: (H, Hk, D, options)
     "40 sinks": (4, 2, 32, dict(group_size=16, residual=32, sink=40)),  # two groups and a half
     "D 96": (6, 3, 96, dict(group_size=32, residual=64)),
     "D 80": (2, 1, 80, dict(group_size=16, residual=32)),
-    "4 sinks, shrunk": (4, 2, 32, dict(group_size=16, residual=32, sink=4, shrink=0.85)),
     "sliding": (4, 2, 32, dict(group_size=16, residual=32, sliding=20)),
     "sliding over sinks": (4, 2, 32, dict(group_size=16, residual=32, sink=5, sliding=50)),
-    "all at once": (2, 2, 32, dict(k_bits=4, group_size=16, residual=32, sink=5, shrink=0.9,
-                                   sliding=90)),
+    "boosted": (4, 2, 64, dict(group_size=32, residual=64, boost=16)),
+    "boosted, 4 sinks, values of 64": (4, 2, 64, dict(
+        group_size=16, residual=32, sink=4, boost=0.25, v_group_size=64)),
+    "boosted 4 bits": (2, 1, 32, dict(k_bits=4, v_bits=4, group_size=16, residual=32, boost=8)),
+    "boosted, D 96": (2, 1, 96, dict(group_size=32, residual=64, boost=0.25)),
+    "boosted, sliding over sinks": (2, 1, 32, dict(
+        group_size=16, residual=32, sink=5, sliding=50, boost=8)),
+    "all at once": (2, 2, 32, dict(k_bits=4, group_size=16, residual=32, sink=5, sliding=90,
+                                   boost=0.5, v_group_size=8)),
 }
+BOOSTED = tuple(name for name in CASES if "boost" in CASES[name][3])
 SHAPES = CASES | {"full": (4, 2, 32, {}), "full, sliding": (4, 2, 32, dict(sliding=20))}
 
 
@@ -75,7 +82,7 @@ def state(cache):
 def row_state(cache, row):
     """Every byte that belongs to one row of the cache, by buffer."""
     return {name: buffer[row : row + 1].contiguous().view(torch.uint8)
-            for name, buffer in cache.named_buffers() if name != "index"}
+            for name, buffer in cache.named_buffers() if name not in ("index", "rows")}
 
 
 def assert_same(a, b):

@@ -109,51 +109,81 @@ def drift_bound(x_hat, scale, bits):
 
 # ---- what a cache shows -------------------------------------------------------------------------
 
-def fake_quantized(x, bits, counts=None, shrink=1.0):
+def fake_quantized(x, bits, counts=None):
     """x [.., G], every row one group, quantized and dequantized in float32.
 
     counts  bool [G]: the elements that count for minimum and maximum (None: all)
-    shrink  the part of the range, in its middle, that the levels span; its ends round to x.dtype
     """
-    top = 2**bits - 1
     y = x.float()
-    low = high = y
-    if counts is not None:
-        low = y.masked_fill(~counts, math.inf)
-        high = y.masked_fill(~counts, -math.inf)
-    low = low.amin(-1, keepdim=True)
-    high = high.amax(-1, keepdim=True)
-    if shrink != 1:
-        cut = (high - low) * ((1 - shrink) / 2)
-        low = (low + cut).to(x.dtype).float()
-        high = (high - cut).to(x.dtype).float()
-    scale = ((high - low) / top).to(x.dtype).float()
+    low, high = ends(y, counts)
+    scale = ((high - low) / (2**bits - 1)).to(x.dtype).float()
     scale[scale == 0] = SMALLEST[x.dtype]
     scale[high == low] = 1.0
-    return ((y - low) / scale).clamp(0, top).round() * scale + low
+    return ((y - low) / scale).clamp(0, 2**bits - 1).round() * scale + low
 
 
-def expected_reads(k, v, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0, shrink=1.0,
-                   sliding=None):
+def ends(y, counts=None):
+    """Minimum and maximum [.., 1] of the elements of y [.., G] that count."""
+    if counts is None:
+        counts = torch.ones(y.shape[-1], dtype=torch.bool)
+    low = y.masked_fill(~counts, math.inf).amin(-1, keepdim=True)
+    high = y.masked_fill(~counts, -math.inf).amax(-1, keepdim=True)
+    return low, high
+
+
+def boosted_channels(boost, head_dim):
+    """How many key channels of a head have twice the bits: `boost` itself, or a share of them."""
+    return boost if boost >= 1 else math.floor(boost * head_dim / 8) * 8
+
+
+def loudest_first(k, group_size, residual, sink):
+    """The channels of every KV head [Hk][D] by their widest group: k [Hk, T, D], T at least R.
+
+    Only the first R tokens count, and no sink of them: a group of sinks alone has no range.
+    """
+    widths = torch.zeros(len(k), k.shape[2])
+    for start in range(0, residual, group_size):
+        token = torch.arange(start, start + group_size)
+        if (token >= sink).any():
+            low, high = ends(k[:, token].mT.float(), token >= sink)
+            widths = torch.maximum(widths, (high - low)[..., 0])
+    # Python sorts stably: of equal widths the lower channel stays first.
+    return [sorted(range(len(head)), key=lambda channel: -head[channel])
+            for head in widths.tolist()]
+
+
+def expected_reads(k, v, k_bits=2, v_bits=2, group_size=32, residual=128, sink=0, boost=0,
+                   v_group_size=0, sliding=None):
     """What the attention of the last step over ONE row reads: k, v [Hk, T, D] -> float32, the same.
 
     Keys from (T - 1) // R * R on are exact (a step quantizes after its attention), values of the
-    last R + 1 tokens, and both of the first S tokens. The rest went through the quantizer once.
+    last R + 1 tokens, and both of the first S tokens. The rest went through the quantizer once, the
+    loudest channels of K in twice the bits.
     """
     n_tokens, n_channels = k.shape[1:]
     k_out = k.to(torch.float32, copy=True)
     v_out = v.to(torch.float32, copy=True)
     token = torch.arange(n_tokens)
-    for start in range(0, (n_tokens - 1) // residual * residual, group_size):
+    end = (n_tokens - 1) // residual * residual
+    n = boosted_channels(boost, n_channels)
+    loud = torch.zeros(len(k), 1, n_channels, dtype=torch.bool)
+    if n and end:
+        for head, order in enumerate(loudest_first(k, group_size, residual, sink)):
+            loud[head, 0, order[:n]] = True
+    for start in range(0, end, group_size):
         group = slice(start, start + group_size)
         counts = token[group] >= sink
         if counts.any():  # one scale a channel: tokens come last
-            read = fake_quantized(k[:, group].mT, k_bits, counts, shrink).mT
+            read = fake_quantized(k[:, group].mT, k_bits, counts).mT
+            if n:
+                fine = fake_quantized(k[:, group].mT, 2 * k_bits, counts).mT
+                read = torch.where(loud, fine, read)
             k_out[:, group][:, counts] = read[:, counts]
     old = (token < n_tokens - residual - 1) & (token >= sink)
-    for start in range(0, n_channels, group_size):
-        group = slice(start, start + group_size)
-        v_out[:, old, group] = fake_quantized(v[:, old, group], v_bits, shrink=shrink)
+    width = math.gcd(v_group_size, n_channels) if v_group_size else group_size
+    for start in range(0, n_channels, width):
+        group = slice(start, start + width)
+        v_out[:, old, group] = fake_quantized(v[:, old, group], v_bits)
     return k_out, v_out
 
 
@@ -180,7 +210,7 @@ def rel(a, b):
 # ---- bytes --------------------------------------------------------------------------------------
 
 def kivi_bytes(batch, n_kv_heads, max_len, head_dim, dtype, block, k_bits=2, v_bits=2,
-               group_size=32, residual=128, sink=0, shrink=1.0, sliding=None):
+               group_size=32, residual=128, sink=0, boost=0, v_group_size=0, sliding=None):
     """Bytes of a KiviCache by part. `block`: tokens that its attention reads at a time.
 
     There is room for the codes of whole residuals, and of whole bytes at 2 bits: 4 groups. Behind
@@ -190,14 +220,18 @@ def kivi_bytes(batch, n_kv_heads, max_len, head_dim, dtype, block, k_bits=2, v_b
     tokens = math.ceil(max(residual, max_len // residual * residual) / unit) * unit
     rest = math.ceil(tokens / block) * block - tokens
     n_heads = batch * n_kv_heads
-    n_elements = (n_heads * tokens + rest) * head_dim
+    n_tokens = n_heads * tokens + rest
+    columns = head_dim + boosted_channels(boost, head_dim)
+    value_group = math.gcd(v_group_size, head_dim) if v_group_size else group_size
+    scales = n_tokens // group_size * head_dim + n_tokens * (head_dim // value_group)
     exact_slots = n_heads * (sink + residual + 1)
     number = 4 if dtype == torch.float32 else 2
+    order = 2 * head_dim if boost else 0
     return {
-        "codes": n_elements * (k_bits + v_bits) // 8 + 2 * n_heads * 128,
-        "metadata": 4 * (n_elements // group_size * number + n_heads * 128),
+        "codes": n_tokens * (columns * k_bits + head_dim * v_bits) // 8 + 2 * n_heads * 128,
+        "metadata": 2 * scales * number + 4 * n_heads * 128,
         "window": 2 * (exact_slots * head_dim * dtype.itemsize + n_heads * 128),
-        "positions": 8 * (batch + math.ceil(max_len / block) * block),
+        "positions": 8 * (2 * batch + math.ceil(max_len / block) * block) + n_heads * (order + 128),
     }
 
 
@@ -205,7 +239,7 @@ def full_bytes(batch, n_kv_heads, max_len, head_dim, dtype):
     """Bytes of a FullCache by part: whole blocks of 128 tokens, and 128 spare bytes a KV head."""
     tokens = math.ceil(max_len / 128) * 128
     window = 2 * batch * n_kv_heads * (tokens * head_dim * dtype.itemsize + 128)
-    return {"codes": 0, "metadata": 0, "window": window, "positions": 8 * (batch + tokens)}
+    return {"codes": 0, "metadata": 0, "window": window, "positions": 8 * (2 * batch + tokens)}
 
 
 # ---- numbers ------------------------------------------------------------------------------------

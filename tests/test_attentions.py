@@ -2,10 +2,11 @@
 
 A compilation takes 10 to 25 seconds on a CPU, so most cases are slow ones (KIVI_SLOW=1).
 """
+import fused.attention
 import pytest
 import torch
 from cache_cases import (
-    CASES, SHAPES, assert_same, at, fill, make_cache, make_tokens, refused, state)
+    BOOSTED, CASES, SHAPES, assert_same, at, fill, make_cache, make_tokens, refused, state)
 from fused.attention import compiled_attention
 from fused.step import compiled_quantizer, compiled_step
 from reference_cache import DTYPES, HALF_EPS, attention64
@@ -13,7 +14,8 @@ from reference_cache import DTYPES, HALF_EPS, attention64
 QUICK = (("all at once", torch.bfloat16), ("full, sliding", torch.float32))
 # On a CPU the dtypes differ in how they are read and rounded alone, so half precision takes some of
 # the cases; tests/test_cuda.py takes all.
-HALF = ("small window", "K 4 V 2", "8 bits", "4 sinks", "4 sinks, shrunk", "all at once", "full")
+HALF = ("small window", "K 4 V 2", "8 bits", "4 sinks", "boosted, 4 sinks, values of 64",
+        "all at once", "full")
 EVERY_CASE = [
     pytest.param(name, dtype, id=f"{name}, {dtype}",
                  marks=() if (name, dtype) in QUICK else pytest.mark.slow)
@@ -64,6 +66,73 @@ def test_the_fused_attention_is_as_close_to_the_truth(name, dtype, fresh_compile
             check_attentions(name, dtype, attend, lengths, calm)
 
 
+def check_uncompiled(name, dtype, monkeypatch):
+    """The fused form as PyTorch computes it without a compiler, at many lengths."""
+    monkeypatch.setattr(torch, "compile", lambda form, **options: form)
+    attend = compiled_attention("cpu")
+    R = CASES[name][3]["residual"]
+    check_attentions(name, dtype, attend, (R, 2 * R + 18, 649), calm=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BOOSTED)
+def test_the_fused_form_of_boosted_keys_is_as_close_to_the_truth(name, dtype, monkeypatch):
+    """What the slow cases compile, uncompiled. Guards against a query in another order than the
+    columns, and low halves that count too much or not at all."""
+    check_uncompiled(name, dtype, monkeypatch)
+
+
+def with_order(order, by_column, cache, rows, scale):
+    """by_column(cache, rows, scale), as if k_order were `order`."""
+    stored = cache.k_order.clone()
+    cache.k_order.copy_(order.expand_as(stored))
+    result = by_column(cache, rows, scale)
+    cache.k_order.copy_(stored)
+    return result
+
+
+def natural_order(by_column, cache, rows, scale):
+    return with_order(torch.arange(cache.head_dim), by_column, cache, rows, scale)
+
+
+def order_of_the_first_row(by_column, cache, rows, scale):
+    return with_order(cache.k_order[:1].clone(), by_column, cache, rows, scale)
+
+
+def column_of_every_channel(by_column, cache, rows, scale):
+    return with_order(cache.k_order.argsort(-1), by_column, cache, rows, scale)
+
+
+def no_low_halves(by_column, cache, rows, scale):
+    rows, scale = by_column(cache, rows, scale)
+    rows[..., cache.head_dim :] = 0
+    return rows, scale
+
+
+def low_halves_count_as_high_ones(by_column, cache, rows, scale):
+    rows, scale = by_column(cache, rows, scale)
+    rows[..., cache.head_dim :] *= 2**cache.config.k_bits
+    return rows, scale
+
+
+def low_halves_have_the_scales_of_the_quietest(by_column, cache, rows, scale):
+    rows, scale = by_column(cache, rows, scale)
+    n = scale.shape[-1] - cache.head_dim
+    return rows, torch.cat([scale[..., :-n], scale[..., -2 * n : -n]], -1)
+
+
+@pytest.mark.parametrize("bug", (
+    natural_order, order_of_the_first_row, column_of_every_channel, no_low_halves,
+    low_halves_count_as_high_ones, low_halves_have_the_scales_of_the_quietest),
+    ids=lambda bug: bug.__name__)
+def test_the_check_of_the_fused_form_notices(bug, monkeypatch):
+    """Each of these bugs in what the fused form makes of boosted keys must fail the check above."""
+    original = fused.attention.by_column
+    monkeypatch.setattr(fused.attention, "by_column", lambda *args: bug(original, *args))
+    with pytest.raises(AssertionError):
+        check_uncompiled("boosted, 4 sinks, values of 64", torch.float32, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ("small window", "full"))
 def test_the_fused_attention_refuses_the_same(name):
     """Before anything is compiled. Guards against NaN, or an error of the compiler, in silence."""
@@ -93,6 +162,7 @@ class Layer:
 @pytest.mark.parametrize("name, dtype", (
     ("all at once", torch.bfloat16),
     pytest.param("small window", torch.float32, marks=pytest.mark.slow),
+    pytest.param("boosted, 4 sinks, values of 64", torch.float16, marks=pytest.mark.slow),
     pytest.param("K 2 V 8", torch.float16, marks=pytest.mark.slow)), ids=str)
 def test_compiled_steps_leave_the_same_bytes(name, dtype, fresh_compiler):
     """Prompts and steps, compiled and plain. Guards against a compiler that divides or rounds in

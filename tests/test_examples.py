@@ -183,7 +183,7 @@ def test_without_a_kivi_cache_the_model_is_what_it_was(hub):
 
 
 def test_a_preset_is_that_of_the_program(hub):
-    """Guards against a preset whose sinks or clipping are lost on the way."""
+    """Guards against a preset whose sinks or boosted channels are lost on the way."""
     example, model, tokenizer = hub
     own, _ = generate.load()
     batch = inputs(tokenizer, TEXTS[:1])

@@ -28,7 +28,7 @@ checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
 generate
 program.parallel program.memory program.report program.chat program.batch program.cli
-study.measure study.models study.prompts study.variants study.throughput study.memory study.quality
+study.measure study.models study.prompts study.variants study.throughput study.quality study.memory
 bench
 """.split()
 SCRIPTS = ("examples",)  # programs beside the product: no module imports them

@@ -1,12 +1,14 @@
 """What a run takes in memory by the formula, against what is allocated; bytes that steps read."""
 import pytest
 import torch
+from cache_cases import CASES, SHAPES, make_cache
 from reference import decode_step, make_checkpoint, peak_allocation
+from reference_cache import full_bytes, kivi_bytes
 
 from fused import linear
-from kivi import FullCache, KiviCache
+from kivi import PRESETS, FullCache, KiviCache
 from model import ModelConfig, Transformer
-from program.memory import needs, traffic_of
+from program.memory import cache_sizes, needs, traffic_of
 from study.models import random_model
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ def test_the_memory_formula_holds(shape, dtype):
     K and V, and a formula that tells tales."""
     model = random_model(ModelConfig(**SHAPE | shape), CPU).to(dtype)
     weights = sum(p.nbytes for p in model.parameters())
-    for batch, prompt, kv in ((1, 3000, "kivi2"), (3, 500, "kivi4"), (2, 2500, "bf16")):
+    for batch, prompt, kv in ((1, 3000, "kivi2+"), (3, 500, "kivi4"), (2, 2500, "bf16")):
         parts = needs(model, batch, prompt, prompt + 40, kv)
         model.setup_caches(batch, prompt + 40, kv)
         assert parts["weights"] == weights + model.freq.nbytes
@@ -39,16 +41,31 @@ def test_the_memory_formula_holds(shape, dtype):
         assert 0.6 <= share <= 1.05, (batch, prompt, kv, prefill, step, parts)
 
 
-def test_the_memory_formula_knows_the_flush():
-    """Many short rows, whose keys of a group in float32 are more than all else that a step
-    allocates. Guards against counting them never."""
+@pytest.mark.parametrize("kv", ("kivi2", "kivi2+"))
+def test_the_memory_formula_knows_the_flush(kv):
+    """Many short rows, whose keys of a block in float32 are more than all else that a step
+    allocates. Guards against counting them never, or those of a group only."""
     config = ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=32,
                          hidden_dim=64, max_len=8192)
     model = random_model(config, CPU)
-    model.setup_caches(64, 100, "kivi2")
+    model.setup_caches(64, 100, kv)
     model.cache.pos.fill_(128)
-    activations = needs(model, 64, 60, 100, "kivi2")["activations"]
+    activations = needs(model, 64, 60, 100, kv)["activations"]
     assert 0.6 * activations <= peak_allocation(model.flush) <= 1.05 * activations
+
+
+def test_the_memory_formula_knows_the_keys_of_a_step():
+    """Rows whose prompts come one after the other, and whose steps come together: K and V of one
+    KV head in float32 are more than all else. Guards against counting less than both."""
+    config = ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=128,
+                         hidden_dim=64, max_len=8192)
+    model = random_model(config, CPU)
+    model.setup_caches(6, 2100, "kivi2+")
+    tokens = torch.zeros(6, 2000, dtype=torch.int64)
+    model.prefill(tokens)
+    activations = needs(model, 6, 2000, 2100, "kivi2+")["activations"]
+    step = peak_allocation(lambda: decode_step(model, tokens[:, :1]))
+    assert 0.6 * activations <= step <= 1.05 * activations
 
 
 @pytest.mark.slow
@@ -79,27 +96,70 @@ def test_quantized_weights_take_the_memory_that_the_formula_says(tmp_path, monke
     assert peak < mapped + by_hand + 3 * largest
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_sizes_are_the_closed_form(name):
+    """Part by part, and in all what a cache says of itself. Guards against a formula that says
+    something else than the buffers, and a buffer that counts as another part."""
+    _, n_kv_heads, head_dim, options = SHAPES[name]
+    for batch, max_len, dtype in ((1, 6144, torch.bfloat16), (3, 1001, torch.float32)):
+        shape = (batch, n_kv_heads, max_len, head_dim)
+        cache = make_cache(name, batch, max_len, dtype)
+        if name in CASES:
+            wanted = kivi_bytes(*shape, dtype, cache.block, **options)
+        else:
+            wanted = full_bytes(*shape, dtype)
+        sizes = cache_sizes(type(cache), *shape, dtype=dtype, **options)
+        assert sizes == wanted and sum(sizes.values()) == cache.nbytes
+
+
+@pytest.mark.parametrize("max_len, residual, ratio", (
+    (499, 32, 3.91), (499, 128, 2.52), (4096, 32, 5.09), (4096, 128, 4.55), (32768, 128, 5.21)))
+def test_two_bits_save_what_the_documents_say(max_len, residual, ratio):
+    """A layer of Llama-2-7B in bfloat16. Guards against spare room that eats what the bits save."""
+    shape = (1, 32, max_len, 128)
+    full, small = (
+        sum(cache_sizes(kind, *shape, dtype=torch.bfloat16, **options).values())
+        for kind, options in ((FullCache, {}), (KiviCache, {"residual": residual})))
+    assert full == pytest.approx(2 * 32 * max_len * 128 * 2, rel=0.03)
+    assert full / small == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("kv, bits", (
+    ("kivi2", 3), ("kivi2+", 3), ("kivi2-", 2.75), ("kivi4", 5), ("k4v2", 4)))
+def test_presets_store_the_bits_that_the_documents_say(kv, bits):
+    """Codes, scales and zeros of a long row in bfloat16, for a number of K or V. Guards against
+    boosted channels or groups of values whose bits are not counted."""
+    shape = (1, 8, 2**15, 128)
+    sizes = cache_sizes(KiviCache, *shape, dtype=torch.bfloat16, **vars(PRESETS[kv]))
+    stored = 8 * (sizes["codes"] + sizes["metadata"]) / (2 * 8 * 2**15 * 128)
+    assert stored == pytest.approx(bits, rel=1e-3)
+
+
 @pytest.mark.parametrize("options", (
     {}, {"sink": 3}, {"k_bits": 4, "dtype": torch.bfloat16}, {"sliding": 70},
-    {"sliding": 200, "v_bits": 8}), ids=str)
+    {"sliding": 200, "v_bits": 8}, {"boost": 16}, {"v_group_size": 64},
+    {"boost": 0.25, "v_group_size": 32, "sink": 4, "dtype": torch.bfloat16}), ids=str)
 def test_traffic_is_that_of_the_tokens_present(options):
     """Token by token, as the docstring of kivi.py says what is packed when. Guards against the
     capacity instead of the length, a window that is always full, metadata in bits, K and V with the
-    same boundary."""
+    same boundary or the same groups, and low halves of boosted channels that are not read."""
     B, Hk, D, G, R = 2, 3, 64, 16, 32
     cache = KiviCache(B, Hk, 300, D, group_size=G, residual=R, **options)
     full_options = {key: options[key] for key in ("sliding", "dtype") if key in options}
     full = FullCache(B, Hk, 300, D, **full_options)
     item = cache.dtype.itemsize
+    boost = options.get("boost", 0)
+    columns = D + (boost if boost >= 1 else int(boost * D))
+    k_token = columns * cache.config.k_bits / 8 + D / G * 2 * item  # bytes of a packed token
+    v_token = D * cache.config.v_bits / 8 + D / options.get("v_group_size", G) * 2 * item
     for length in (1, 31, 32, 33, 34, 64, 65, 100, 300):
         first = max(0, length - options.get("sliding", length))
         total = 0
         for t in range(first, length):
             k_packed = t < (length - 1) // R * R
             v_packed = t < length - 1 - R
-            for bits, packed in ((cache.config.k_bits, k_packed), (cache.config.v_bits, v_packed)):
-                packed = packed and t >= cache.config.sink
-                total += D * bits / 8 + D / G * 2 * item if packed else D * item
+            for packed, n_bytes in ((k_packed, k_token), (v_packed, v_token)):
+                total += n_bytes if packed and t >= cache.config.sink else D * item
         assert traffic_of(cache, length) == Hk * total
         assert traffic_of(full, length) == 2 * Hk * (length - first) * D * item
     assert traffic_of(cache, 300) < cache.nbytes / B or "sliding" in options

@@ -7,9 +7,10 @@ import pytest
 import quantize as qz
 import test_kivi
 import torch
-from kivi import KiviCache
+from kivi import KiviCache, KVConfig
 from reference_cache import DTYPES, randn
 
+BOOSTED = "boosted, 4 sinks, values of 64"
 MUTATIONS = []
 
 
@@ -53,19 +54,22 @@ def the_ring_has_a_slot_too_few(original, cache, t):
     return t % cache.config.residual
 
 
-@bug(KiviCache, "exact")
-def keys_get_codes_before_attention(original, cache, pos, t):  # the order of Algorithm 1
-    return original(cache, pos + 1, t)[0], original(cache, pos, t)[1]
+@bug(KiviCache, "read")
+def keys_get_codes_before_attention(original, cache, pos, n, heads):  # the order of Algorithm 1
+    return original(cache, pos + 1, n, heads)[0], original(cache, pos, n, heads)[1]
 
 
-@bug(KiviCache, "exact")
-def one_exact_value_too_few(original, cache, pos, t):
-    return original(cache, pos, t)[0], original(cache, pos + 1, t)[1]
+@bug(KiviCache, "read")
+def one_exact_value_too_few(original, cache, pos, n, heads):
+    return original(cache, pos, n, heads)[0], original(cache, pos + 1, n, heads)[1]
 
 
-@bug(KiviCache, "exact", "4 sinks")
-def sinks_are_read_from_codes(original, cache, pos, t):
-    return t >= pos[:, None] // 32 * 32, t >= pos[:, None] - 32
+@bug(KiviCache, "read", "4 sinks")
+def sinks_are_read_from_codes(original, cache, pos, n, heads):
+    k, v = original(cache, pos, n, heads)
+    old = (pos >= 64).view(-1, 1, 1, 1)
+    k[:, :, :4] = torch.where(old, cache.from_codes("k", n, heads)[:, :, :4], k[:, :, :4])
+    return k, v
 
 
 @bug(KiviCache, "grouped_as", "4 sinks")
@@ -88,10 +92,9 @@ def codes_land_in_the_next_field(original, cache, name, group, token, chosen, ne
     original(cache, name, group ^ 1, token, chosen, new)
 
 
-@bug(KiviCache, "read")
-def groups_are_read_in_another_order(original, cache, name, n):
-    for part, x in original(cache, name, n):
-        yield part, x.roll(1, 2)
+@bug(KiviCache, "from_codes")
+def groups_are_read_in_another_order(original, cache, name, n, heads):
+    return original(cache, name, n, heads).roll(cache.config.group_size, 2)
 
 
 @bug(KiviCache, "parts")
@@ -128,22 +131,92 @@ def the_upper_bit_of_values_is_lost(original, cache, k, v, lengths):
     cache.v_packed &= 0x55
 
 
-@bug(kivi, "group_codes")
-def keys_are_quantized_per_token(original, x, bits, dim, shrink):
-    codes, scale, zero = original(x, bits, -1, shrink)  # D == G, so the shapes still fit
+@bug(kivi, "key_codes")
+def keys_are_quantized_per_token(original, x, config, order):
+    codes, scale, zero = qz.group_codes(x, config.k_bits, -1)  # D == G, so the shapes still fit
     return codes, scale.mT, zero.mT
 
 
-@bug(qz, "group_codes", "4 sinks, shrunk")
-def codes_span_all_of_the_range(original, x, bits, dim, shrink):
-    return original(x, bits, dim)
-
-
 @bug(qz, "group_codes")
-def codes_are_rounded_down(original, x, bits, dim, shrink):
-    _, scale, zero = original(x, bits, dim, shrink)
+def codes_are_rounded_down(original, x, bits, dim=-1):
+    _, scale, zero = original(x, bits, dim)
     return ((x - zero) / scale).clamp(0, 2**bits - 1).floor().to(torch.uint8), scale, zero
 
+
+@bug(KVConfig, "value_group", BOOSTED)
+def the_group_size_of_values_is_ignored(original, config, head_dim):
+    return config.group_size
+
+
+# ---- boosted channels ---------------------------------------------------------------------------
+
+@bug(kivi, "key_codes", BOOSTED)
+def steps_write_no_low_halves(original, x, config, order):
+    codes, scale, zero = original(x, config, order)
+    codes[..., x.shape[-1] :] = 0
+    return codes, scale, zero
+
+
+@bug(qz, "key_codes", BOOSTED)
+def the_scale_of_boosted_prompts_counts_fine_steps(original, x, config, order):
+    codes, scale, zero = original(x, config, order)
+    scale[..., : config.boosted(x.shape[-1])] /= 2**config.k_bits
+    return codes, scale, zero
+
+
+@bug(KiviCache, "read", BOOSTED)
+def low_halves_are_not_read(original, cache, pos, n, heads):
+    low = cache.k_packed[..., cache.head_dim :]
+    stored = low.clone()
+    low.zero_()
+    k_and_v = original(cache, pos, n, heads)
+    low.copy_(stored)
+    return k_and_v
+
+
+@bug(KiviCache, "read", BOOSTED)
+def the_order_is_not_undone(original, cache, pos, n, heads):
+    stored = cache.k_order.clone()
+    cache.k_order.copy_(torch.arange(cache.head_dim))
+    k_and_v = original(cache, pos, n, heads)
+    cache.k_order.copy_(stored)
+    return k_and_v
+
+
+@bug(kivi, "channel_order", BOOSTED)
+def the_quietest_channels_are_boosted(original, groups):
+    return original(groups).flip(-1)
+
+
+@bug(kivi, "channel_order", BOOSTED)
+def only_the_first_group_tells_the_loudest(original, groups):
+    return original(groups[:, :, :1])
+
+
+@bug(KiviCache, "ordered", BOOSTED)
+def every_block_of_keys_has_its_own_order(original, cache, keys, chosen, other):
+    complete = (cache.pos > 0) & ((cache.pos + 1) % cache.config.residual == 0)
+    return original(cache, keys, chosen | complete, other)
+
+
+@bug(KiviCache, "ordered", BOOSTED)
+def sinks_count_among_the_loud(original, cache, keys, chosen, other):
+    keys = keys.clone()
+    keys[:, :, :4] = cache.k_window[:, :, :4]
+    return original(cache, keys, chosen, other)
+
+
+@bug(KiviCache, "ordered", BOOSTED)
+def all_rows_have_the_order_of_the_first(original, cache, keys, chosen, other):
+    return original(cache, keys[:1].expand_as(keys), chosen, other)
+
+
+@bug(KiviCache, "ordered", BOOSTED)
+def all_heads_have_the_order_of_the_first(original, cache, keys, chosen, other):
+    return original(cache, keys[:, :1].expand_as(keys), chosen, other)
+
+
+# ---- they are noticed ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("owner, attribute, name, mutation", MUTATIONS)
 def test_the_checks_notice(owner, attribute, name, mutation, monkeypatch):

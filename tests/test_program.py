@@ -30,6 +30,7 @@ BITS = {  # --kv -> bits of K and V of both layers; None: full precision
     "bf16": None,
     "kivi2": [(2, 2)] * 2,
     "kivi2+": [(2, 2)] * 2,
+    "kivi2-": [(2, 2)] * 2,
     "kivi4": [(4, 4)] * 2,
     "k4v2": [(4, 2)] * 2,
     "kvtuner": [(4, 2), (2, 8)],
@@ -51,7 +52,9 @@ def check_run(kv, name, code, out, err):
     if BITS[kv] is None:
         assert result["kv_bytes"] == full
         return
-    options = {"group_size": 16, "residual": 32, "sink": 32 if kv == "kivi2+" else 0}
+    options = {"group_size": 16, "residual": 32}
+    if kv in ("kivi2+", "kivi2-"):
+        options |= {"sink": 4, "boost": 0.25, "v_group_size": 64 if kv == "kivi2+" else 0}
     layers = [KiviCache(*shape, k_bits=k_bits, v_bits=v_bits, **options)
               for k_bits, v_bits in BITS[kv]]
     assert result["kv_bytes"] == sum(layer.nbytes for layer in layers)
@@ -303,7 +306,7 @@ def test_the_rounded_capacity_is_given_up_where_only_the_exact_one_fits(monkeypa
     as_compiled(monkeypatch)
     model, _ = generate.load()
     model.compile()
-    exact, rounded = (sum(needs(model, 1, 5, n).values()) for n in (35, 1024))
+    exact, rounded = (sum(needs(model, 1, 5, n, "kivi2").values()) for n in (35, 1024))
     arguments = ("--compile", "--max-new-tokens", 30, "--temperature", 0, "--memory-gb")
     code, out, _ = run(*arguments, (exact + rounded) / 2 / 2**30)
     assert code == 0 and run(*arguments, 1)[1] == out

@@ -62,11 +62,14 @@ def test_codes_that_do_not_fill_a_byte_are_refused(n, bits):
     ({"group_size": 24, "residual": 48}, 24), ({"group_size": 128}, 128), ({"group_size": 0}, 0),
     ({"group_size": 4}, 4), ({"group_size": -32}, -32), ({"residual": 48}, 48),
     ({"residual": 16}, 16), ({"residual": 0}, 0), ({"residual": -32}, -32), ({"k_bits": 3}, 3),
-    ({"v_bits": 1}, 1), ({"k_bits": 16}, 16), ({"sink": -1}, -1), ({"shrink": 1.5}, 1.5),
-    ({"shrink": 0.2}, 0.2), ({"shrink": math.nan}, "nan"), ({"max_len": 0}, 0),
-    ({"max_len": -5}, -5), ({"batch": 0}, 0), ({"sliding": 0}, 0), ({"sliding": -3}, -3),
-    ({"n_kv_heads": 0}, 0), ({"head_dim": 0}, 0), ({"dtype": torch.float64}, torch.float64),
-    ({"dtype": torch.int32}, torch.int32)))
+    ({"v_bits": 1}, 1), ({"k_bits": 16}, 16), ({"sink": -1}, -1), ({"boost": 12}, 12),
+    ({"boost": 1}, 1), ({"boost": 8.5}, 8.5), ({"boost": -8}, -8), ({"boost": -0.25}, -0.25),
+    ({"boost": 72}, 72), ({"boost": math.inf}, "inf"), ({"boost": math.nan}, "nan"),
+    ({"boost": 8, "k_bits": 8}, "k_bits"), ({"boost": 0.25, "k_bits": 8}, "k_bits"),
+    ({"v_group_size": 48}, 48), ({"v_group_size": 4}, 4), ({"v_group_size": -64}, -64),
+    ({"max_len": 0}, 0), ({"max_len": -5}, -5), ({"batch": 0}, 0), ({"sliding": 0}, 0),
+    ({"sliding": -3}, -3), ({"n_kv_heads": 0}, 0), ({"head_dim": 0}, 0),
+    ({"dtype": torch.float64}, torch.float64), ({"dtype": torch.int32}, torch.int32)))
 def test_a_wrong_construction_is_refused_by_name(bad, named):
     """Guards against a failure hundreds of tokens later, when the first keys get codes."""
     arguments = {"batch": 1, "n_kv_heads": 2, "max_len": 256, "head_dim": 64} | bad
@@ -74,6 +77,17 @@ def test_a_wrong_construction_is_refused_by_name(bad, named):
     refused(lambda: KiviCache(**arguments), named, *name)
     if bad.keys() <= {"batch", "n_kv_heads", "max_len", "head_dim", "sliding", "dtype"}:
         refused(lambda: FullCache(**arguments), named, *name)
+
+
+@pytest.mark.parametrize("right", (
+    {"boost": 64}, {"boost": 0.5}, {"boost": 8.0, "k_bits": 4}, {"boost": 0, "k_bits": 8},
+    {"group_size": 128, "v_group_size": 64}, {"v_group_size": 128}, {"head_dim": 80,
+                                                                     "v_group_size": 64}), ids=str)
+def test_a_right_construction_is_not_refused(right):
+    """Guards against a check that forbids what the caches can do: all channels boosted, no channel
+    boosted of 8 bits, groups of tokens that do not divide head_dim beside groups of values that
+    do."""
+    KiviCache(**{"batch": 1, "n_kv_heads": 2, "max_len": 256, "head_dim": 64} | right)
 
 
 @both_caches

@@ -108,19 +108,23 @@ def test_the_statistics_hold_together(tied, tmp_path):
         r"\(full precision [\d.]+ MiB\), peak memory \d+ MiB", err)
 
 
-@pytest.mark.parametrize("device, share", (
-    ("NVIDIA H200", 0.5), ("NVIDIA A100-SXM4-80GB", 2400 / 2039),
-    ("NVIDIA H200 MIG 1g.18gb", None), ("Abacus", None)))
-def test_percent_of_the_roofline_on_known_devices_only(device, share, monkeypatch):
+@pytest.mark.parametrize("name, clock, width, bandwidth", (  # kHz, bits, GB/s of its data sheet
+    ("NVIDIA A100-SXM4-80GB", 1593000, 5120, 2039), ("NVIDIA H100 80GB HBM3", 2619000, 5120, 3350),
+    ("Tesla T4", 5001000, 256, 320), ("NVIDIA GeForce RTX 4090", 10501000, 384, 1008),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 2619000, 5120, None), ("Abacus", 0, 0, None)))
+def test_percent_of_the_roofline_where_it_is_known(name, clock, width, bandwidth, monkeypatch):
     """Guards against a fraction of another device's bandwidth, and a line that says 0 % where it
     knows nothing."""
+    gpu = SimpleNamespace(name=name, memory_clock_rate=clock, memory_bus_width=width)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
+    share = report.roofline(2400, SimpleNamespace(type="cuda"))
+    assert share == (bandwidth and pytest.approx(2400 / bandwidth, rel=1e-3))
+    assert report.roofline(None, SimpleNamespace(type="cuda")) is None
     result = {"prompt_tokens": 5, "new_tokens": 3, "prefill_s": 1.0, "decode_s": 2.0,
-              "tokens_per_s": 1.0, "kv_bytes": 1, "kv_bytes_full": 1, "peak_bytes": 1}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device)
-    result |= report.speeds(result, 4.8e12, 0.0, SimpleNamespace(type="cuda"))
-    assert result["roofline"] == (share and pytest.approx(share))
-    assert result["decode_gb_per_s"] == 2400
-    assert ("% of" in report.format_stats(result, "kivi2")) == (share is not None)
+              "tokens_per_s": 1.0, "kv_bytes": 1, "kv_bytes_full": 1, "peak_bytes": 1,
+              "compile_s": 0.0, "prefill_tokens_per_s": 5.0, "decode_gb_per_s": 2400}
+    line = report.format_stats(result | {"roofline": share}, "kivi2", True)
+    assert ("% of" in line) == (share is not None)
 
 
 @pytest.mark.parametrize("kv", ("kivi2", "bf16"))

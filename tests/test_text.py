@@ -51,7 +51,7 @@ class Parrot:
             if n == self.interrupt.get(len(self.prompts)):
                 raise KeyboardInterrupt
             on_token([token])
-        stats.update(prefill_s=0.1, decode_s=0.1, steps=len(ids) - 1)
+        stats.update(prefill_s=0.1, decode_s=0.1, steps=len(ids) - 1, compile_s=0, compile_steps=0)
         return [rows[0] + ids]
 
 
