@@ -4,7 +4,7 @@
     python bench.py decode         a whole decode step of Llama shapes, random weights
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
     python bench.py memory         bytes a token of every cache, by the formula
-    python bench.py quality        perplexity, KL and retrieval through the cache
+    python bench.py quality        perplexity, KL, greedy choices and answers through the cache
 
 decode and throughput need CUDA, and refuse another machine at once; only throughput --models tiny
 runs on a CPU, to test the program. Times are medians of CUDA-graph replays over enough caches to

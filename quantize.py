@@ -253,7 +253,7 @@ class KVConfig:
 PRESETS = {  # kivi2 is the paper's; the three others are better or smaller, see docs/quality.md
     "kivi2": KVConfig(2, 2),
     "kivi2+": KVConfig(2, 2, sink=4, boost=1 / 4, v_group_size=64),
-    "kivi2-": KVConfig(2, 2, sink=4, boost=1 / 4, group_size=64),
+    "kivi2-": KVConfig(2, 2, sink=4, boost=1 / 4, group_size=64, v_group_size=64),
     "kivi4": KVConfig(4, 4),
     "k4v2": KVConfig(4, 2),
 }

@@ -35,7 +35,7 @@ def multi_key(rng):
 
 
 def sums(rng):
-    a, b = rng.randrange(1, 10), rng.randrange(1, 10)
+    a, b = rng.randrange(1, 31), rng.randrange(1, 10)
     story = f"{rng.choice(PEOPLE)} has {a} {rng.choice(THINGS)}s and finds {b} more."
     return [], story, f"{a} + {b} =", f" {a + b}"
 

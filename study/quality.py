@@ -60,7 +60,7 @@ def add_arguments(add):
 
 def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tokens, prefill,
             greedy, lengths, trials, batch, tasks, seed, study):
-    """perplexity, KL, greedy choices and retrieval through the cache; --study: the long table"""
+    """perplexity, KL, greedy choices and answers through the cache; --study: the long table"""
     model, tokenizer = load(checkpoint, device, DTYPES[dtype], weights=weights)
     words = Path(text).read_text(encoding="utf-8")
     windows = text_rows(tokenizer, words, prefill, rows, tokens).to(device)
