@@ -670,5 +670,5 @@ def test_the_presets_are_the_documented_ones():
     presets = {name: tuple(vars(config).values()) for name, config in kivi.PRESETS.items()}
     assert presets == {
         "kivi2": (2, 2, 32, 128, 0, 0, 0), "kivi2+": (2, 2, 32, 128, 4, 0.25, 64),
-        "kivi2-": (2, 2, 64, 128, 4, 0.25, 0),
+        "kivi2-": (2, 2, 64, 128, 4, 0.25, 64),
         "kivi4": (4, 4, 32, 128, 0, 0, 0), "k4v2": (4, 2, 32, 128, 0, 0, 0)}
