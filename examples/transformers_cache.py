@@ -93,7 +93,7 @@ class KiviLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx):
         for name, x in self.cache.named_buffers():
-            if name != "index":  # all others have one entry a row
+            if name not in ("index", "rows"):  # all others have one entry a row
                 x.copy_(x[beam_idx.to(x.device)])
         self.cache.lengths[:] = [self.cache.lengths[i] for i in beam_idx.tolist()]
 
