@@ -196,8 +196,8 @@ class Cache(nn.Module):
         """(k, v) [B, Hk, L, D]: what attend reads; zeros beyond a row's length."""
         pos, t = self.pos - 1, self.tokens(self.length)
         present = (t <= pos[:, None])[:, None, :, None]
-        kv = self.read(pos, len(t), slice(None))
-        return tuple(torch.where(present, x, 0)[:, :, : self.length] for x in kv)
+        return tuple(torch.where(present, x, 0)[:, :, : self.length]
+                     for x in self.read(pos, len(t), slice(None)))
 
     def tokens(self, length):
         """t [n], 0 .. n - 1: the tokens to read when the longest row has `length`."""
@@ -295,9 +295,8 @@ class KiviCache(Cache):
     def grouped_as(self, t):
         """The token whose key is used for t in its group: t itself, or another one for a sink.
 
-        A sink is read from the window. In its group it would stretch the range of the others, so
-        the group's first token that is no sink takes its place (if all are, nobody reads them).
-        """
+        A sink is read from the window and would stretch the range of its group, so the group's
+        first token that is no sink takes its place (if all are, nobody reads them)."""
         S, G = self.config.sink, self.config.group_size
         return torch.maximum(t, (t | G - 1).clamp(max=S)) if S else t
 
@@ -405,6 +404,8 @@ class KiviCache(Cache):
     def from_codes(self, name, n, heads):
         """code * scale + zero of the first n tokens, or 0 of those that never have codes."""
         c, (bits, packed, *scales) = self.config, self.parts(name)
+        if n <= c.residual:  # all lie in the window
+            return torch.zeros_like(self.k_window[:, heads, :n], dtype=torch.float32)
         stacks = round_up(n, 8 // bits * c.group_size) // (8 // bits * c.group_size)
         codes = unpack(packed[:, heads, :stacks, None], bits, 3).flatten(2, 4)  # [B, heads, n, D]
         scale, zero = (x[:, heads, : stacks * 8 // bits].flatten(2, 3).float() for x in scales)
@@ -414,7 +415,6 @@ class KiviCache(Cache):
             codes[..., : low.shape[3]] += low / 2**bits
         x = dequantize(codes, scale, zero, 2 if name == "k" else 3)
         if boosted:
-            column = self.k_order[:, heads, None].argsort(3)  # of each channel
-            x = x.gather(3, column.expand_as(x))
+            x = x.gather(3, self.k_order[:, heads, None].argsort(3).expand_as(x))
         missing = n - x.shape[2]  # negative where whole stacks are more
         return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x[:, :, :n]
