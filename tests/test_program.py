@@ -54,7 +54,7 @@ def check_run(kv, name, code, out, err):
         return
     options = {"group_size": 16, "residual": 32}
     if kv in ("kivi2+", "kivi2-"):
-        options |= {"sink": 4, "boost": 0.25, "v_group_size": 64 if kv == "kivi2+" else 0}
+        options |= {"sink": 4, "boost": 0.25, "v_group_size": 64}
     layers = [KiviCache(*shape, k_bits=k_bits, v_bits=v_bits, **options)
               for k_bits, v_bits in BITS[kv]]
     assert result["kv_bytes"] == sum(layer.nbytes for layer in layers)
