@@ -19,7 +19,7 @@ SHAPE = {"vocab_size": 8192, "dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_head
 @pytest.mark.parametrize("shape, dtype", (
     ({}, torch.float32),
     ({"n_kv_heads": 8, "hidden_dim": 2048}, torch.bfloat16),
-    ({"head_dim": 128, "hidden_dim": 64}, torch.float32),
+    pytest.param({"head_dim": 128, "hidden_dim": 64}, torch.float32, marks=pytest.mark.slow),
 ), ids=("GQA", "MHA", "wide heads"))
 def test_the_memory_formula_holds(shape, dtype):
     """Weights, caches and activations by the formula against what is allocated: the caches to the

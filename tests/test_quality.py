@@ -89,8 +89,7 @@ def check_gate(gate, kv):
 
 
 @pytest.mark.parametrize("kv", (
-    "kivi2", "kivi2+", pytest.param("kivi2-", marks=pytest.mark.slow),
-    pytest.param("kivi4", marks=pytest.mark.slow)))
+    "kivi2+", *(pytest.param(kv, marks=pytest.mark.slow) for kv in ("kivi2", "kivi2-", "kivi4"))))
 def test_quality_through_the_cache_is_pinned(gate, kv):
     """Guards against a quantizer that is worse than it should be, and against one that does
     nothing. kivi2+ has half the KL of kivi2."""

@@ -44,7 +44,7 @@ def test_the_quality_benchmark_runs_as_a_user_calls_it(tmp_path, monkeypatch):
     tasks = ["pass key", "sums"]
     tuned = write_kvtuner(tmp_path / "bits", [(4, 2), (2, 2)])
     arguments = ["quality", "--checkpoint", checkpoint, "--rows", 2, "--prefill", 160,
-                 "--tokens", 40, "--lengths", 300, "--trials", 1, "--greedy", 5, "--tasks", *tasks]
+                 "--tokens", 16, "--lengths", 300, "--trials", 1, "--greedy", 5, "--tasks", *tasks]
     result, out = measured(*arguments, "--study", "--caches", *CACHES, tuned,
                            file=tmp_path / "quality.json")
     assert "| kivi2, R = 32 | 3.00 |" in out and "Sums, by" in out
