@@ -217,7 +217,7 @@ class KVConfig:
         for name, size in (("group_size", G), ("v_group_size", self.v_group_size or G)):
             if size < 8 or size & size - 1:
                 raise ValueError(f"{name} must be a power of two of at least 8, got {size}")
-        if head_dim % self.value_group(head_dim):
+        if head_dim % self.value_group(head_dim) or self.value_group(head_dim) < 8:
             raise ValueError(f"group_size {G} does not divide head_dim {head_dim}: "
                              "use a group size that does, or v_group_size beside it")
         if R < G or R % G:
@@ -250,7 +250,7 @@ class KVConfig:
         return max(1, size // self.unit) * self.unit
 
 
-PRESETS = {  # kivi2 is the paper's; the three others are better or smaller, see docs/quality.md
+PRESETS = {  # kivi2 is the paper's; the others are better or smaller, see docs/quality.md
     "kivi2": KVConfig(2, 2),
     "kivi2+": KVConfig(2, 2, sink=4, boost=1 / 4, v_group_size=64),
     "kivi2-": KVConfig(2, 2, sink=4, boost=1 / 4, group_size=64, v_group_size=64),

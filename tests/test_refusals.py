@@ -67,6 +67,7 @@ def test_codes_that_do_not_fill_a_byte_are_refused(n, bits):
     ({"boost": 72}, 72), ({"boost": math.inf}, "inf"), ({"boost": math.nan}, "nan"),
     ({"boost": 8, "k_bits": 8}, "k_bits"), ({"boost": 0.25, "k_bits": 8}, "k_bits"),
     ({"v_group_size": 48}, 48), ({"v_group_size": 4}, 4), ({"v_group_size": -64}, -64),
+    ({"head_dim": 36, "v_group_size": 64}, 36),
     ({"max_len": 0}, 0), ({"max_len": -5}, -5), ({"batch": 0}, 0), ({"sliding": 0}, 0),
     ({"sliding": -3}, -3), ({"n_kv_heads": 0}, 0), ({"head_dim": 0}, 0),
     ({"dtype": torch.float64}, torch.float64), ({"dtype": torch.int32}, torch.int32)))
