@@ -11,8 +11,8 @@ Schedule. At length T these tokens of a row have codes, whether they came by pre
 
 The official code attends first and quantizes then. So at length T attention still reads exactly: K
 from token (T - 1) // R * R on, and V of the last R + 1 tokens. Hence the window is a ring of R + 1
-slots: a new token does not overwrite the one that its step quantizes, and the order does not matter
-here. S sink tokens, the first of a row, have slots of their own and are always read from there.
+slots: no token overwrites the one that its step quantizes. The first S tokens, *sinks*, have slots
+of their own and are always read from there.
 
 Packing. A byte holds P = 8 / bits codes, of tokens that lie G apart. P groups of G tokens that
 share bytes are a *stack*. Of one row and KV head:
@@ -23,84 +23,39 @@ share bytes are a *stack*. Of one row and KV head:
 
 With 2 bits and G = 32, byte [0, 0, 0] holds channel 0 of tokens 0, 32, 64 and 96, in bits 0-1, 2-3,
 4-5 and 6-7; byte [0, 1, 0] that of tokens 1, 33, 65 and 97; byte [1, 0, 0] of 128, 160, 192, 224.
-Field a of all bytes of a stack is one group of tokens. K has a scale and a zero for each of its
-channels, V for each of its tokens and Gv (mostly G) channels. Attention reads code * scale + zero.
+Field a of all bytes of a stack is one group. K has a scale and a zero for each of its channels, V
+for each of its tokens and Gv (mostly G) channels. Attention reads code * scale + zero.
 
 Boost (not the paper's): the n loudest key channels of a row and KV head have codes of twice the
-bits. Their high half stands in the channel's column, the low half in one of n columns behind the
-others: k_packed [stacks, G, D + n]. The columns have the order of k_order, loudest first.
+bits, the high half in the channel's column, the low half in one of n columns behind the others:
+k_packed [stacks, G, D + n]. The columns have the order of k_order, loudest first.
 
-B rows, Hk KV heads, D channels, M query heads a KV head. `fused/attention.py` computes the same.
-"""
-from math import prod
-
+B rows, Hk KV heads, D channels, M query heads a KV head. fused/attention.py computes the same."""
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from quantize import PRESETS, KVConfig, channel_order, dequantize, key_codes  # noqa: F401
-from quantize import quantize_groups, round_up, slices, unpack, value_codes
+from quantize import PRESETS, Buffers, KVConfig, channel_order, dequantize_groups  # noqa: F401
+from quantize import key_codes, merge, quantize_groups, round_up, slices, take, value_codes
 
 PORTION = 2**21, 2**26  # elements read at once on a CPU, whose caches hold 8 MB, and on CUDA
 
 
-class Cache(nn.Module):
+class Cache(Buffers):
     """The interface of both caches. `prefill`, `append` and `attend` check what they get. A decode
     step that must never wait for the device calls their parts: `advance` counts on the host;
     `write`, `quantize_value`, `quantize_keys` and `attention` work on tensors alone."""
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device):
-        super().__init__()
-        if min(batch, n_kv_heads, max_len, head_dim, 1 if sliding is None else sliding) < 1:
-            sizes = f"{batch}, {n_kv_heads}, {max_len}, {head_dim} and {sliding}"
-            raise ValueError(f"batch, n_kv_heads, max_len, head_dim, sliding must be > 0: {sizes}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
-        self.batch, self.n_kv_heads, self.head_dim = batch, n_kv_heads, head_dim
-        self.max_len, self.block, self.sliding = max_len, block, sliding
-        self.dtype, self.device = dtype, torch.device(device)
-        self.lengths = [0] * batch  # tokens in each row, as the host counts them
-        # On the device: the next token's number in each row, all numbers of tokens, and of rows.
-        for name, n in (("pos", batch), ("index", round_up(max_len, block)), ("rows", batch)):
-            self.register_buffer(name, torch.arange(n, device=device), persistent=False)
-        self.pos.zero_()
-
-    def add(self, name, shape, dtype, spare=0):
-        """A buffer of zeros [B, Hk, entries, ..] at an address that never changes.
-
-        Fused kernels read whole blocks of tokens, into the next head or the `spare` entries behind
-        all, and mask what they find. 128 bytes between heads make any slice alike to them: strided.
-        """
-        heads, head = prod(shape[:2]), prod(shape[2:])
-        stride = head + 128 // dtype.itemsize
-        n = heads * stride + spare * prod(shape[3:])
-        buffer = torch.zeros(n, dtype=dtype, device=self.device)[: heads * stride]
-        buffer = buffer.view(*shape[:2], stride)[..., :head].unflatten(2, shape[2:])
-        self.register_buffer(name, buffer, persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        raise RuntimeError("a cache cannot be moved or cast: make another of that device and dtype")
-
-    @property
-    def length(self):
-        """Tokens in the longest row."""
-        return max(self.lengths)
-
-    @property
-    def nbytes(self):
-        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers())
-
-    def reset(self):
-        """Empties the cache and leaves no trace of the old contents."""
-        self.lengths[:] = [0] * self.batch  # in place: the layers of a model share the list
-        for name, buffer in self.named_buffers():
-            if name not in ("index", "rows"):
-                buffer.zero_()
+        super().__init__(batch, n_kv_heads, max_len, head_dim, dtype, device)
+        if sliding is not None and sliding < 1:
+            raise ValueError(f"sliding must be at least 1 token, got {sliding}")
+        self.block, self.sliding = block, sliding
+        self.register_buffer("index", torch.arange(round_up(max_len, block), device=device), False)
 
     def check(self, n_tokens, **tensors):
         """Raises ValueError unless every tensor is [B, heads, n_tokens, D] as this cache has it."""
         B, Hk, D, device = self.batch, self.n_kv_heads, self.head_dim, self.pos.device
-        if "q" in tensors and not self.length:
+        if not self.length and "k" not in tensors:
             raise ValueError("attend needs a token in the cache: call prefill or append first")
         for name, x in tensors.items():
             heads = x.shape[1] if x.dim() == 4 else 0
@@ -111,13 +66,33 @@ class Cache(nn.Module):
                 raise ValueError(f"{name} must be [{B}, {wanted}, {n_tokens}, {D}] in {self.dtype} "
                                  f"on {device}, got {list(x.shape)} in {x.dtype} on {x.device}")
 
+    def storable(self, x):
+        """bool: can all of x be stored, and the range of any group of it?"""
+        return torch.isfinite(2 * x if self.dtype == torch.float32 else x.half()).all()
+
     def check_finite(self, tokens, **tensors):
         """Raises ValueError if a number among these `tokens` of a tensor cannot be stored."""
         for name, x in tensors.items():
-            x = 2 * x if self.dtype == torch.float32 else x.half()  # ranges, and scales as stored
-            if not torch.isfinite(x.transpose(1, 2)[tokens]).all():
+            if not self.storable(x.transpose(1, 2)[tokens]):
                 raise ValueError(f"{name} holds NaN, inf or numbers too large for the cache")
 
+    def check_new(self, least, lengths, **tensors):
+        """Raises ValueError unless n or `lengths` tokens a row can be stored; tensors [B, heads, n,
+        D]. Returns the tokens that a row will hold, [B] on the device."""
+        n = tensors["k"].shape[2] if tensors["k"].dim() == 4 else 1
+        self.check(n, **tensors)
+        lengths = [n] * self.batch if lengths is None else list(lengths)
+        if len(lengths) != self.batch or not all(x in range(least, n + 1) for x in lengths):
+            raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}, not {lengths}")
+        longest = max(map(sum, zip(self.lengths, map(int, lengths))))
+        if longest > self.max_len:
+            raise ValueError(f"{longest} tokens exceed the cache's max_len of {self.max_len}")
+        new = torch.tensor(lengths, device=self.pos.device)
+        present = torch.arange(n, device=new.device) < new[:, None]
+        self.check_finite(present, k=tensors["k"], v=tensors["v"])
+        return self.pos + new
+
+    @torch.no_grad()
     def prefill(self, k, v, lengths=None):
         """Fills the empty cache with whole prompts.
 
@@ -126,20 +101,35 @@ class Cache(nn.Module):
         """
         if self.length:
             raise ValueError(f"prefill needs an empty cache, this one holds {self.length} tokens: "
-                             "call reset() first")
-        L = k.shape[2] if k.dim() == 4 else 1
-        self.check(L, k=k, v=v)
-        lengths = [L] * self.batch if lengths is None else list(lengths)
-        if len(lengths) != self.batch or not all(n in range(1, L + 1) for n in lengths):
-            raise ValueError(f"lengths must be {self.batch} numbers in 1 .. {L}, got {lengths}")
-        if max(lengths) > self.max_len:
-            raise ValueError(f"{max(lengths)} tokens exceed the cache's max_len of {self.max_len}")
-        ends = torch.tensor(lengths, device=self.pos.device)
-        self.check_finite(torch.arange(L, device=ends.device) < ends[:, None], k=k, v=v)
-        self.fill(k, v, ends)
-        self.pos.copy_(ends)
-        self.lengths[:] = map(int, lengths)
+                             "call reset() first, or extend() instead")
+        ends = self.check_new(1, lengths, k=k, v=v)
+        self.fill(k, v, self.pos, ends)
+        self.set_lengths(ends.tolist())
 
+    @torch.no_grad()
+    def extend(self, q, k, v, lengths=None):
+        """Appends n tokens to every row and attends from each of them: `prefill` if it was empty.
+
+        A query sees what the cache held before, as `attend` reads it, and the new tokens up to its
+        own exactly. Afterwards the cache is, byte for byte, as after n appends.
+
+        q [B, H, n, D]; k, v [B, Hk, n, D], rows right-padded; lengths [B] ints (None: all n)
+        returns [B, H, n, D], of no meaning where a row is padded
+        raises ValueError: a row is full; wrong shape, dtype, device or length; NaN or inf
+        """
+        ends = self.check_new(0, lengths, q=q, k=k, v=v)
+        start, held, out = self.pos[:, None, None], self.tokens(self.length), []
+        for i in torch.arange(k.shape[2], device=q.device).split(512):  # queries at a time
+            own, last = start + i[:, None], int(i[-1]) + 1  # none sees new tokens from `last` on
+            new = start + torch.arange(last, device=q.device)
+            seen = torch.cat([self.seen(own, held) & (held < start), self.seen(own, new)], 2)
+            new_kv = k[:, :, :last], v[:, :, :last]
+            out.append(self.attention(q[:, :, i], self.pos - 1, held, seen, new_kv))
+        self.fill(k, v, self.pos, ends)
+        self.set_lengths(ends.tolist())
+        return torch.cat(out, 2)
+
+    @torch.no_grad()
     def append(self, k, v):
         """Appends one token to every row: k, v [B, Hk, 1, D].
 
@@ -160,7 +150,7 @@ class Cache(nn.Module):
     def advance(self):
         """The host's share of a step, once for all layers: counts the token, refuses a full row."""
         if self.length >= self.max_len:
-            raise ValueError(f"the cache is full: it holds max_len, {self.max_len} tokens a row")
+            raise ValueError(f"the cache is full: max_len is {self.max_len} tokens a row")
         self.lengths[:] = [n + 1 for n in self.lengths]
 
     def park(self, row):
@@ -177,36 +167,47 @@ class Cache(nn.Module):
         self.check(1, q=q)
         return self.attention(q, self.pos - 1, self.tokens(self.length))
 
-    def attention(self, q, pos, t):
-        """`attend` without its checks, of q at pos [B] over the tokens t (see `tokens`)."""
+    def attention(self, q, pos, t, seen=None, beside=None):
+        """`attend` without its checks: q over the tokens t (see `tokens`), read as at pos [B].
+
+        seen    [B, n, tokens], of n queries of a head: which they attend to; None: up to pos
+        beside  k, v [B, Hk, new, D]: tokens beside those of the cache
+        """
         # The query heads of a KV head are the rows of one product: each key is read once.
-        rows = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim)  # [B, Hk, M, D]
-        seen, out = self.seen(pos, t)[:, None, None], []  # [B, 1, 1, n]
+        rows, out = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim), []  # [B, Hk, M n, D]
+        if seen is None:
+            seen = self.seen(pos[:, None, None], t)
+        elif rows.shape[2] > seen.shape[1]:
+            seen = seen.repeat(1, rows.shape[2] // seen.shape[1], 1)
         for heads in self.portions(len(t)):
             k, v = self.read(pos, len(t), heads)
-            part = rows[:, heads].to(k.dtype)
-            out.append(F.scaled_dot_product_attention(part, k, v, seen))
+            if beside:
+                k, v = (torch.cat([x, y[:, heads]], 2) for x, y in zip((k, v), beside))
+            with torch.autocast(q.device.type, enabled=False):  # would round to half precision
+                part = rows[:, heads].to(k.dtype)
+                out.append(F.scaled_dot_product_attention(part, k, v, seen[:, None]))
             del k, v  # or the next would be read beside them
         return torch.cat(out, 1).view(q.shape).to(q.dtype)
 
     def portions(self, n):
-        return [slice(None)]  # of the KV heads, those that are read at a time
+        """Slices of the KV heads: how many are read at a time, of n tokens."""
+        step = max(1, PORTION[self.pos.is_cuda] // (self.batch * n * self.head_dim))
+        return [slice(first, first + step) for first in range(0, self.n_kv_heads, step)]
 
-    def dequantized(self):
-        """(k, v) [B, Hk, L, D]: what attend reads; zeros beyond a row's length."""
-        pos, t = self.pos - 1, self.tokens(self.length)
-        present = (t <= pos[:, None])[:, None, :, None]
-        return tuple(torch.where(present, x, 0)[:, :, : self.length]
-                     for x in self.read(pos, len(t), slice(None)))
+    def dequantized(self, rows=slice(None)):
+        """(k, v) [B, Hk, L, D] of all or some rows: what attend reads; zeros beyond a length."""
+        pos, n = self.pos[rows] - 1, max(self.lengths[rows])
+        present = (self.index[:n] <= pos[:, None])[:, None, :, None]
+        k_and_v = self.read(pos, len(self.tokens(n)), slice(None), rows)
+        return tuple(torch.where(present, x[:, :, :n], 0) for x in k_and_v)
 
     def tokens(self, length):
         """t [n], 0 .. n - 1: the tokens to read when the longest row has `length`."""
         return self.index[: round_up(max(1, length), self.block)]
 
     def seen(self, pos, t):
-        """bool [B, n]: does the query at pos [B] attend to token t [n]?"""
-        seen = t <= pos[:, None]
-        return seen if self.sliding is None else seen & (t > pos[:, None] - self.sliding)
+        """Does the query of token pos attend to token t?"""
+        return t <= pos if self.sliding is None else (t <= pos) & (t > pos - self.sliding)
 
     def write(self, k, v, pos):
         """Writes token pos [B] of every row into the window: k, v [B, Hk, 1, D]."""
@@ -214,16 +215,16 @@ class Cache(nn.Module):
         self.k_window[self.rows, :, slot] = k[:, :, 0]
         self.v_window[self.rows, :, slot] = v[:, :, 0]
 
-    def evicts_value(self):
+    def completes_key_block(self):
         return False  # a full-precision cache quantizes nothing
 
-    def completes_key_block(self):
-        return False
+    evicts_value = completes_key_block
 
 
 class FullCache(Cache):
     """The full-precision cache behind the same interface: a window that holds every token."""
 
+    @torch.inference_mode(False)  # or nobody could write to its buffers outside that mode
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, sliding=None,
                  dtype=torch.float32, device="cpu"):
         super().__init__(batch, n_kv_heads, max_len, head_dim, 128, sliding, dtype, device)
@@ -233,15 +234,22 @@ class FullCache(Cache):
     def slot(self, t):
         return t
 
-    def fill(self, k, v, lengths, row=0):
-        """`prefill` without its checks, into the rows from `row` on; lengths [B] on the device."""
-        n = min(k.shape[2], len(self.index))
-        present = (self.index[:n] < lengths[:, None])[:, None, :, None]  # [B, 1, n, 1]
-        for window, x in ((self.k_window, k), (self.v_window, v)):
-            window[row : row + len(x), :, :n] = torch.where(present, x[:, :, :n], 0)
+    def used(self, name, length):
+        return length
 
-    def read(self, pos, n, heads):
-        return self.k_window[:, heads, :n], self.v_window[:, heads, :n]
+    def fill(self, k, v, start, ends, row=0):
+        """See `KiviCache.fill`."""
+        rows, starts = slice(row, row + len(k)), start[:, None]
+        end = min(max(self.lengths[rows]) + k.shape[2], self.max_len)
+        for first, last in slices(min(self.lengths[rows]), end, k[:, :, 0].numel(), 1):
+            t = self.index[first:last]
+            is_new = ((t >= starts) & (t < ends[:, None]))[:, None, :, None]
+            for window, x in ((self.k_window, k), (self.v_window, v)):
+                window = window[rows, :, first:last]
+                window.copy_(torch.where(is_new, take(x, t - starts), window))
+
+    def read(self, pos, n, heads, rows=slice(None)):
+        return self.k_window[rows, heads, :n], self.v_window[rows, heads, :n]
 
 
 class KiviCache(Cache):
@@ -253,6 +261,7 @@ class KiviCache(Cache):
     raises   ValueError: see KVConfig.check; source: arXiv 2402.02750, schedule of jy-yuan/KIVI
     """
 
+    @torch.inference_mode(False)
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, sliding=None,
                  dtype=torch.float32, device="cpu", **options):
         c = KVConfig(**options)
@@ -278,27 +287,14 @@ class KiviCache(Cache):
             self.add(name, (*heads, c.sink + c.residual + 1, D), dtype)
 
     def slot(self, t):
-        """Slot of the window where token t lies while it is there: sinks first, then the ring."""
-        S, R = self.config.sink, self.config.residual
-        return torch.where(t < S, t, S + (t - S) % (R + 1)) if S else t % (R + 1)
+        return self.config.slot(t)
 
-    def in_window(self, pos):
-        """[B, slots]: tokens of the window, sinks first, then from pos [B] back to pos - R. Where
-        they are fewer than slots, some are there several times."""
-        S, newest = self.config.sink, pos[:, None]
-        slots = torch.arange(S + self.config.residual + 1, device=pos.device)
-        t = newest - slots + S
-        if S:
-            t = torch.where(slots < S, slots, t).minimum(newest)
-        return t.clamp(min=0)
-
-    def grouped_as(self, t):
-        """The token whose key is used for t in its group: t itself, or another one for a sink.
-
-        A sink is read from the window and would stretch the range of its group, so the group's
-        first token that is no sink takes its place (if all are, nobody reads them)."""
-        S, G = self.config.sink, self.config.group_size
-        return torch.maximum(t, (t | G - 1).clamp(max=S)) if S else t
+    def used(self, name, length):
+        n = getattr(self, name).shape[2]
+        if name.endswith(("window", "order")):
+            return n
+        tokens = min(round_up(length, self.config.unit), self.capacity)
+        return n * tokens // self.capacity
 
     def parts(self, name):
         """(bits, bytes, scale, zero) of K or V, tokens before channels: [B, Hk, stacks, G, D] and
@@ -307,33 +303,48 @@ class KiviCache(Cache):
             return self.config.k_bits, self.k_packed, self.k_scale, self.k_zero
         return self.config.v_bits, self.v_packed.mT, self.v_scale.mT, self.v_zero.mT
 
-    def fill(self, k, v, lengths, row=0):
-        """`prefill` without its checks, into the rows from `row` on; lengths [B] on the device."""
-        c, G, (B, Hk, L, D) = self.config, self.config.group_size, k.shape
-        rows = slice(row, row + B)
-        t = self.in_window(lengths - 1)
-        place = (self.rows[rows, None], slice(None), self.slot(t))
-        for window, x in ((self.k_window, k), (self.v_window, v)):
-            window[place] = x[self.rows[:B, None], :, t]  # [B, slots, Hk, D]
-        if c.boost:
-            first = self.grouped_as(self.index[: c.residual]).clamp(max=L - 1)
-            self.k_order[rows] = self.ordered(k[:, :, first], lengths >= c.residual, 0)
-        k_end, v_end = lengths // c.residual * c.residual, lengths - c.residual
-        for first, end in slices(min(L, self.capacity), B * Hk * D, 4 * G):
-            t = torch.arange(first, end, device=k.device)
-            keys, values = (k, self.grouped_as(t), k_end), (v, t, v_end)
-            for name, (x, source, kept) in zip("kv", (keys, values)):
-                x = x[:, :, source.clamp(max=L - 1)].unflatten(2, (-1, G))
-                keep = (t < kept[:, None]).view(B, 1, -1, G, 1)
-                new = self.quantizer(x, keep, c, name, self.order(rows))
-                for buffer, y in zip(self.parts(name)[1:], new):
-                    n = (end - first) // y.shape[2]  # tokens of a stack or of a group
-                    buffer[rows, :, first // n : end // n] = y
+    def fill(self, k, v, start, ends, row=0):
+        """Stores new tokens in the rows from `row` on: the work of `extend`, without its checks.
 
-    def ordered(self, keys, chosen, other):
-        """k_order of the `chosen` rows [B] by their first keys [B, Hk, R, D], elsewhere `other`."""
-        order = channel_order(keys.unflatten(2, (-1, self.config.group_size)))
-        return torch.where(chosen[:, None, None], order, other)
+        k, v [B, Hk, n, D] follow the `start` [B] tokens of a row, and it gets `ends` [B] in all.
+        """
+        c, G, R, (B, Hk, n, D) = self.config, self.config.group_size, self.config.residual, k.shape
+        rows, starts, stops = slice(row, row + B), start[:, None], ends[:, None]
+        if c.boost:
+            first = self.pick("k", k, c.grouped_as(self.index[:R]), starts, rows)
+            self.choose(first.unflatten(2, (-1, G)), (start < R) & (ends >= R), rows)
+        begin = max(0, min(self.lengths[rows]) - R) // c.unit * c.unit
+        end = min(max(self.lengths[rows]) + n, self.capacity)
+        for begin, end in slices(begin, end, B * Hk * D, c.unit):
+            t = torch.arange(begin, end, device=k.device)
+            keys = "k", k, c.grouped_as(t), starts // R * R, stops // R * R
+            values = "v", v, t, starts - R, stops - R
+            for name, x, source, coded, stop in (keys, values):
+                old, new = (y.view(B, 1, -1, G, 1) for y in (t < coded, (t >= coded) & (t < stop)))
+                x = self.pick(name, x, source, starts, rows).unflatten(2, (-1, G))
+                new = self.quantizer(x, new, c, name, self.order(rows))
+                bits, *buffers = self.parts(name)
+                for buffer, y in zip(buffers, new):
+                    size = (end - begin) // y.shape[2]  # tokens of a stack, or of a group
+                    merge(buffer[rows, :, begin // size : end // size], y, old, bits)
+        t = c.in_window(ends - 1)
+        place = self.rows[rows, None], slice(None), c.slot(t)
+        for name, x, window in (("k", k, self.k_window), ("v", v, self.v_window)):
+            window[place] = self.pick(name, x, t, starts, rows).transpose(1, 2)
+
+    def pick(self, name, x, t, starts, rows):
+        """Tokens t [B, n] of K or V: the window's up to `starts` [B, 1], then x [B, Hk, n, D]."""
+        t = t.expand(len(x), -1)
+        new = take(x, t - starts)
+        if max(self.lengths[rows]) == 0:
+            return new
+        window = take(getattr(self, f"{name}_window")[rows], self.slot(t))
+        return torch.where((t < starts)[:, None, :, None], window, new)
+
+    def choose(self, groups, chosen, rows=slice(None)):
+        """Sets k_order of the `chosen` rows [B] by their first keys [B, Hk, groups, G, D]."""
+        order, old = channel_order(groups), self.k_order[rows]
+        self.k_order[rows] = torch.where(chosen[:, None, None], order, old)
 
     def order(self, rows=slice(None)):
         """k_order [B, Hk, 1, D] for all groups of these rows, None if no channel is boosted."""
@@ -358,11 +369,11 @@ class KiviCache(Cache):
         """Quantizes the last R keys of the rows whose newest token pos [B] completes a block."""
         c, G, R = self.config, self.config.group_size, self.config.residual
         t = pos[:, None] // R * R + torch.arange(R, device=pos.device)  # [B, R]
-        slot = self.slot(self.grouped_as(t))
-        keys = self.k_window[self.rows[:, None], :, slot].transpose(1, 2)  # [B, Hk, R, D]
+        keys = self.k_window[self.rows[:, None], :, self.slot(c.grouped_as(t))]  # [B, R, Hk, D]
+        keys = keys.transpose(1, 2).unflatten(2, (-1, G))
         if c.boost:
-            self.k_order.copy_(self.ordered(keys, pos + 1 == R, self.k_order))
-        new = key_codes(keys.unflatten(2, (-1, G)), c, self.order())
+            self.choose(keys, pos + 1 == R)
+        new = key_codes(keys, c, self.order())
         for i, group in enumerate(t[:, ::G].unbind(1)):
             # A last key block that max_len cuts off has no room for codes, and never completes.
             group = (group // G).clamp(max=self.capacity // G - 1)
@@ -385,36 +396,25 @@ class KiviCache(Cache):
                 x = old & ~(2**bits - 1 << shift) | x << shift  # this field of the bytes alone
             buffer[place] = torch.where(chosen.view(shape), x.to(old.dtype), old)
 
-    def portions(self, n):
-        step = max(1, PORTION[self.pos.is_cuda] // (self.batch * n * self.head_dim))
-        return [slice(first, first + step) for first in range(0, self.n_kv_heads, step)]
-
-    def read(self, pos, n, heads):
+    def read(self, pos, n, heads, rows=slice(None)):
         """(k, v) float32 [B, heads, n, D]: the first n tokens as a query at pos [B] reads them."""
-        k, v = (self.from_codes(name, n, heads) for name in "kv")
-        t = self.in_window(pos)  # [B, slots]
-        place = (self.rows[:, None], slice(None), t)
-        slot = (self.rows[:, None], slice(None), self.slot(t))
-        v[place] = self.v_window[:, heads][slot].float()
+        k, v = (self.from_codes(name, n, heads, rows) for name in "kv")
+        t, row = self.config.in_window(pos), self.rows[: len(pos), None]  # [B, slots], [B, 1]
+        place, slot = (row, slice(None), t), (row, slice(None), self.slot(t))
+        v[place] = self.v_window[rows, heads][slot].float()
         key_block = pos[:, None] // self.config.residual * self.config.residual
         exact = ((t >= key_block) | (t < self.config.sink))[..., None, None]
-        k[place] = torch.where(exact, self.k_window[:, heads][slot].float(), k[place])
+        k[place] = torch.where(exact, self.k_window[rows, heads][slot].float(), k[place])
         return k, v
 
-    def from_codes(self, name, n, heads):
+    def from_codes(self, name, n, heads, rows):
         """code * scale + zero of the first n tokens, or 0 of those that never have codes."""
-        c, (bits, packed, *scales) = self.config, self.parts(name)
+        c, (bits, packed, scale, zero) = self.config, self.parts(name)
         if n <= c.residual:  # all lie in the window
-            return torch.zeros_like(self.k_window[:, heads, :n], dtype=torch.float32)
-        stacks = round_up(n, 8 // bits * c.group_size) // (8 // bits * c.group_size)
-        codes = unpack(packed[:, heads, :stacks, None], bits, 3).flatten(2, 4)  # [B, heads, n, D]
-        scale, zero = (x[:, heads, : stacks * 8 // bits].flatten(2, 3).float() for x in scales)
-        boosted = name == "k" and c.boost
-        if boosted:
-            codes, low = codes.float().tensor_split([self.head_dim], 3)
-            codes[..., : low.shape[3]] += low / 2**bits
-        x = dequantize(codes, scale, zero, 2 if name == "k" else 3)
-        if boosted:
-            x = x.gather(3, self.k_order[:, heads, None].argsort(3).expand_as(x))
+            return torch.zeros_like(self.k_window[rows, heads, :n], dtype=torch.float32)
+        stacks = min(-(-n * bits // (8 * c.group_size)), packed.shape[2])
+        order = self.k_order[rows, heads, None] if name == "k" and c.boost else None
+        scale, zero = (x[rows, heads, : stacks * 8 // bits] for x in (scale, zero))
+        x = dequantize_groups(packed[rows, heads, :stacks], scale, zero, c, name, order)
         missing = n - x.shape[2]  # negative where whole stacks are more
         return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x[:, :, :n]

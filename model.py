@@ -6,7 +6,7 @@ causal forward; `prefill` runs whole prompts with exact attention and fills the 
 runs one token a row through the caches, and is what gets compiled (fused/step.py).
 """
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 from torch import nn
@@ -145,27 +145,33 @@ class Block(nn.Module):
         q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
         return self.after(x, causal(q, k, v, self.window))
 
-    def prefill(self, x, cos, sin, lengths, row, chunk):
-        """`forward` in place, `chunk` tokens at a time; fills the cache's rows from `row` on.
+    def extend(self, x, cos, sin, start, ends, row, chunk):
+        """`forward` in place, `chunk` tokens at a time, behind what the cache holds in the rows
+        from `row` on, the same number of tokens in each; puts the new ones there.
 
-        x [B, T, dim], lengths [B] -> x, and whether K and V are finite (softmax may hide a NaN)
+        x [B, T, dim], start and ends [B] tokens of each row before and after -> x, and whether q, K
+        and V are finite (softmax may hide a NaN)
         """
         c = self.config
         B, T, _ = x.shape
-        k = x.new_empty(B, c.n_kv_heads, T, c.head_dim)
+        P = self.cache.lengths[row]
+        k = x.new_empty(B, c.n_kv_heads, P + T, c.head_dim)
         v = torch.empty_like(k)
+        if P:
+            for new, held in zip((k, v), self.cache.dequantized(slice(row, row + B))):
+                new[:, :, :P] = held
         finite = []
         for first in range(0, T, chunk):
             part = x[:, first : first + chunk]
             end = first + part.shape[1]
             rotation = cos[:, :, first:end], sin[:, :, first:end]
             q, new_k, new_v = self.attention.qkv(self.attention_norm(part), *rotation)
-            k[:, :, first:end] = new_k
-            v[:, :, first:end] = new_v
-            finite += [torch.isfinite(new_k).all(), torch.isfinite(new_v).all()]
-            y = causal(q, k[:, :, :end], v[:, :, :end], self.window)
+            k[:, :, P + first : P + end] = new_k
+            v[:, :, P + first : P + end] = new_v
+            finite += [torch.isfinite(q).all(), *map(self.cache.storable, (new_k, new_v))]
+            y = causal(q, k[:, :, : P + end], v[:, :, : P + end], self.window)
             x[:, first:end] = self.after(part, y)
-        self.cache.fill(k, v, lengths, row)
+        self.cache.fill(k[:, :, P:], v[:, :, P:], start, ends, row)
         return x, torch.stack(finite).all()
 
     def after(self, x, y):
@@ -316,46 +322,61 @@ class Transformer(nn.Module):
         chunk = chunk or 4096
         return max(1, chunk // max(L, 128)), chunk  # quantizing rounds short rows up to 128
 
-    @torch.no_grad()
     def prefill(self, tokens, lengths=None, chunk=None):
-        """Whole prompts: tokens [B, L], right-padded -> logits [B, V] of each row's last token.
+        """Empties the caches and reads whole prompts into them: see `extend`."""
+        for layer in self.layers:
+            layer.cache.reset()
+        return self.extend(tokens, lengths, chunk)
 
-        lengths [B] ints (None: all L)
+    @torch.no_grad()
+    def extend(self, tokens, lengths=None, chunk=None):
+        """Reads tokens [B, L], right-padded, behind what the caches hold.
+
+        lengths [B] ints, 1 .. L new tokens of each row (None: all L)
         chunk   tokens computed at once, which bounds the memory: short rows together, a long row in
                 parts. By default 4096; on a CPU 1024, and every row by itself, so that its bytes do
                 not depend on the rows beside it
-        raises  ValueError: NaN or inf in K, V or the logits (one sync for all layers)
+        returns logits [B, V] of each row's last token
+        raises  ValueError: NaN or inf in q, K, V or the logits (one sync for all layers); more
+                tokens than the caches hold
         """
         B, L = tokens.shape
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
-        rows, chunk = self.groups(L, chunk)
-        self.cache.pos.copy_(torch.tensor(lengths))
-        logits, finite = [], []
-        for row in range(0, B, rows):
-            part = tokens[row : row + rows, : max(lengths[row : row + rows])]
-            part_logits, part_finite = self.prefill_rows(part, row, chunk)
+        held = list(self.cache.lengths)
+        ends = [n + more for n, more in zip(held, lengths)]
+        if max(ends) > self.cache.max_len:
+            raise ValueError(f"{max(ends)} tokens exceed the caches' {self.cache.max_len}")
+        rows, chunk = self.groups(max(held) + L, chunk)
+        logits, finite, row = [], [], 0
+        while row < B:
+            same = sum(1 for _ in takewhile(lambda n: n == held[row], held[row : row + rows]))
+            part = tokens[row : row + same, : max(lengths[row : row + same])]
+            part_logits, part_finite = self.extend_rows(part, ends[row : row + same], row, chunk)
             logits.append(part_logits)
             finite += [part_finite, torch.isfinite(part_logits).all()]
-        self.cache.lengths[:] = lengths
+            row += same
+        self.cache.set_lengths(ends)
         logits = torch.cat(logits)
         if not torch.stack(finite).all():
-            raise ValueError("the model computes NaN or inf: its weights are damaged "
-                             f"or {logits.dtype} is too narrow for it")
+            raise ValueError("the model computes NaN, inf or numbers too large for the cache: its "
+                             f"weights are damaged or {logits.dtype} is too narrow for it")
         return logits
 
-    def prefill_rows(self, tokens, row, chunk):
-        """`prefill` of the rows from `row` on, whose lengths the cache's `pos` holds.
+    def extend_rows(self, tokens, ends, row, chunk):
+        """`extend` of rows that hold the same number of tokens, from `row` on.
 
-        tokens [b, L] -> logits [b, V], finite
+        tokens [b, L], ends b ints: tokens of each row afterwards -> logits [b, V], finite
         """
-        lengths = self.cache.pos[row : row + len(tokens)]
         x, finite = self.embed(tokens), []
-        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device)[None], lengths)
+        P = self.cache.lengths[row]
+        ends = torch.tensor(ends, device=x.device)
+        cos, sin = self.rope(torch.arange(P, P + x.shape[1], device=x.device)[None], ends)
+        start = torch.full_like(ends, P)
         for layer in self.layers:
-            x, ok = layer.prefill(x, cos, sin, lengths, row, chunk)
+            x, ok = layer.extend(x, cos, sin, start, ends, row, chunk)
             finite.append(ok)
         # The head runs on one position a row: all of them would be numbers that nobody reads.
-        newest = x[torch.arange(len(x), device=x.device), lengths - 1]
+        newest = x[torch.arange(len(x), device=x.device), ends - P - 1]
         return self.head(self.norm(newest)), torch.stack(finite).all()
 
     @torch.no_grad()

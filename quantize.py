@@ -12,9 +12,10 @@ All arithmetic runs in float32 against the *stored* (rounded) scale, so that a s
 adds no systematic error.
 """
 from dataclasses import dataclass
-from math import gcd, lcm
+from math import gcd, lcm, prod
 
 import torch
+from torch import nn
 
 BITS = (2, 4, 8)
 FILL = 2**24  # elements of K that are quantized at once: temporaries are several times that
@@ -160,10 +161,13 @@ def channel_order(groups):
     return width.sort(dim=-1, descending=True, stable=True).indices
 
 
-def slices(n, width, unit):
-    """Cuts n tokens of `width` elements into ranges (first, end) of whole units, FILL at a time."""
-    step, n = max(1, FILL // width // unit) * unit, round_up(n, unit)
-    return [(first, min(first + step, n)) for first in range(0, n, step)]
+def slices(begin, end, width, unit):
+    """Cuts tokens of `width` elements into ranges (first, last + 1) of whole units, FILL at a time.
+
+    begin   a multiple of `unit`; end is rounded up to one
+    """
+    step, end = max(1, FILL // width // unit) * unit, round_up(end, unit)
+    return [(first, min(first + step, end)) for first in range(begin, end, step)]
 
 
 def quantize_groups(x, keep, config, name, order=None):
@@ -184,13 +188,42 @@ def quantize_groups(x, keep, config, name, order=None):
     return pack(codes, bits, 3).squeeze(3), scale, zero
 
 
+def take(x, index):
+    """Entries index [B, n] of x [B, Hk, N, D] in dimension 2; beyond its ends the first or last."""
+    index = index.clamp(0, x.shape[2] - 1)[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def merge(stored, new, old, bits):
+    """Writes `new` bytes, scales or zeros over `stored` ones, but for `old` tokens.
+    stored, new [B, Hk, stacks or groups, .., ..]; old bool [B, 1, groups, G, 1]"""
+    if new.dtype == torch.uint8:
+        fields = (old * (2**bits - 1)).to(torch.uint8).unflatten(2, (-1, 8 // bits))
+        stored.copy_(new | stored & pack(fields, bits, 3).squeeze(3))
+    else:
+        stored.copy_(torch.where(old[:, :, :, : new.shape[3]], stored, new))
+
+
+def dequantize_groups(packed, scale, zero, config, name, order=None):
+    """The inverse of `quantize_groups`, from what it returns: float32 [B, Hk, tokens, D]."""
+    bits = config.k_bits if name == "k" else config.v_bits
+    codes = unpack(packed.unsqueeze(3), bits, 3).flatten(2, 4)
+    scale, zero = (x.flatten(2, 3).float() for x in (scale, zero))
+    if order is None:
+        return dequantize(codes, scale, zero, 2 if name == "k" else 3)
+    codes, low = codes.float().tensor_split([scale.shape[3]], 3)
+    codes[..., : low.shape[3]] += low / 2**bits
+    x = dequantize(codes, scale, zero, 2)
+    return x.gather(3, order.argsort(3).expand_as(x))
+
+
 def round_up(n, unit):
     return -(-n // unit) * unit
 
 
 @dataclass(frozen=True)
 class KVConfig:
-    """What a KIVI cache stores."""
+    """What a KIVI cache stores, and where."""
 
     k_bits: int = 2
     v_bits: int = 2
@@ -231,6 +264,27 @@ class KVConfig:
         if self.boost and self.k_bits == 8:
             raise ValueError("boost doubles the bits of a key: use k_bits 2 or 4 with it")
 
+    def slot(self, t):
+        """Slot of the window where token t lies while it is there: sinks first, then the ring."""
+        S, R = self.sink, self.residual
+        return torch.where(t < S, t, S + (t - S) % (R + 1)) if S else t % (R + 1)
+
+    def in_window(self, pos):
+        """[B, slots]: tokens of the window, sinks first, then from pos [B] back to pos - R. Where
+        they are fewer than slots, some are there several times."""
+        newest, slots = pos[:, None], torch.arange(self.sink + self.residual + 1, device=pos.device)
+        t = newest - slots + self.sink
+        if self.sink:
+            t = torch.where(slots < self.sink, slots, t).minimum(newest)
+        return t.clamp(min=0)
+
+    def grouped_as(self, t):
+        """The token whose key is used for t in its group: t itself, or another one for a sink.
+
+        A sink is read from the window and would stretch the range of its group, so the group's
+        first token that is no sink takes its place (if all are, nobody reads them)."""
+        return torch.maximum(t, (t | self.group_size - 1).clamp(max=self.sink)) if self.sink else t
+
     def capacity(self, max_len):
         """Tokens of a row of up to max_len that have room for codes: whole residuals and stacks."""
         tokens = max(1, max_len // self.residual) * self.residual
@@ -248,6 +302,113 @@ class KVConfig:
             return tokens
         size = 2048 if tokens > 65536 else 1024 if tokens > 8192 else 512 if tokens > 4096 else 256
         return max(1, size // self.unit) * self.unit
+
+
+class Buffers(nn.Module):
+    """Tensors of B rows at addresses that never change: what a cache stands on.
+
+    `lengths` are the tokens in each row as the host counts them, `pos` the same on the device.
+    """
+
+    config = None
+
+    def __init__(self, batch, n_kv_heads, max_len, head_dim, dtype, device):
+        super().__init__()
+        sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "max_len": max_len, "head_dim": head_dim}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"sizes of a cache must be at least 1: {sizes}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
+        self.batch, self.n_kv_heads, self.head_dim = batch, n_kv_heads, head_dim
+        self.max_len, self.dtype, self.device = max_len, dtype, torch.device(device)
+        self.lengths = [0] * batch
+        self.register_buffer("rows", torch.arange(batch, device=device), persistent=False)
+        self.register_buffer("pos", torch.zeros_like(self.rows), persistent=False)
+
+    @property
+    def length(self):
+        """Tokens in the longest row."""
+        return max(self.lengths)
+
+    def set_lengths(self, lengths, row=0):
+        """Sets the tokens in the rows from `row` on. In place: the layers of a model share both."""
+        rows = slice(row, row + len(lengths))
+        self.pos[rows] = torch.tensor(lengths, device=self.pos.device)
+        self.lengths[rows] = lengths
+
+    def add(self, name, shape, dtype, spare=0):
+        """A buffer of zeros [B, Hk, entries, ..]. Fused kernels read whole blocks, into the next
+        head or `spare` entries behind all, and mask what they find. 128 bytes between heads make
+        any slice alike to them: strided."""
+        heads, head = prod(shape[:2]), prod(shape[2:])
+        stride = head + 128 // dtype.itemsize
+        n = heads * stride + spare * prod(shape[3:])
+        buffer = torch.zeros(n, dtype=dtype, device=self.device)[: heads * stride]
+        buffer = buffer.view(*shape[:2], stride)[..., :head].unflatten(2, shape[2:])
+        self.register_buffer(name, buffer, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        raise RuntimeError("a cache cannot be moved or cast: make another of that device and dtype")
+
+    @property
+    def nbytes(self):
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers())
+
+    def contents(self):
+        """The buffers that belong to rows, by name."""
+        return {name: x for name, x in self.named_buffers() if name not in ("index", "rows")}
+
+    def reset(self):
+        """Empties the cache and leaves no trace of the old contents."""
+        self.set_lengths([0] * self.batch)
+        for buffer in self.contents().values():
+            buffer.zero_()
+
+    def fork(self, row, rows):
+        """Copies what a row holds into other rows: `rows` are their numbers."""
+        for buffer in self.contents().values():
+            buffer[rows] = buffer[row]
+        for other in rows:
+            self.lengths[other] = self.lengths[row]
+
+    def options(self):
+        """What two caches must share to hold the same bytes."""
+        config = vars(self.config) if self.config else {}
+        return {"kind": type(self).__name__, "n_kv_heads": self.n_kv_heads,
+                "head_dim": self.head_dim, "dtype": str(self.dtype), **config}
+
+    def state(self):
+        """What continues the cache elsewhere: a dict of its options, `lengths`, and tensors, clones
+        of what is in use."""
+        tensors = {name: x[:, :, : self.used(name, self.length)].clone()
+                   for name, x in self.contents().items() if name != "pos"}
+        return {**self.options(), "lengths": list(self.lengths), **tensors}
+
+    def load_state(self, state, row=0):
+        """Puts the rows of a `state` into the rows from `row` on. max_len may be another.
+
+        raises ValueError: the state is of a cache with other options, or does not fit
+        """
+        for name, value in self.options().items():
+            if state.get(name) != value:
+                raise ValueError(f"the state is of another cache: its {name} is "
+                                 f"{state.get(name)}, this one has {value}")
+        lengths, rows = state["lengths"], slice(row, row + len(state["lengths"]))
+        if rows.stop > self.batch or max(lengths) > self.max_len:
+            raise ValueError(f"{len(lengths)} rows of up to {max(lengths)} tokens do not fit a "
+                             f"cache of {self.batch} rows and {self.max_len} tokens")
+        places = {}
+        for name, buffer in self.contents().items():
+            if name == "pos":
+                continue
+            x, place = state.get(name), buffer[rows, :, : self.used(name, max(lengths))]
+            if not torch.is_tensor(x) or x.shape != place.shape or x.dtype != place.dtype:
+                raise ValueError(f"the state's {name} is missing or damaged")
+            places[name] = place, x
+        for name, (place, x) in places.items():
+            getattr(self, name)[rows] = 0
+            place.copy_(x)
+        self.set_lengths(lengths, row)
 
 
 PRESETS = {  # kivi2 is the paper's; the others are better or smaller, see docs/quality.md

@@ -459,7 +459,8 @@ def test_a_row_of_a_batch_has_the_same_bytes_as_alone(name):
     batch, moved, pieces = (make_cache(name, 5) for _ in range(3))
     fill(batch, k, v, lengths)
     for rows in (slice(0, 2), slice(2, 5)):
-        pieces.fill(k[rows, :, :100], v[rows, :, :100], torch.tensor(lengths[rows]), rows.start)
+        ends = torch.tensor(lengths[rows])
+        pieces.fill(k[rows, :, :100], v[rows, :, :100], torch.zeros_like(ends), ends, rows.start)
     pieces.pos.copy_(batch.pos)
     assert_same(state(pieces) | {"lengths": batch.pos}, state(batch))
     batch.reset()

@@ -106,7 +106,7 @@ def full_attention(cache, q, pos, t, grouped):
     """`FullCache.attention`, by the library's grouped kernel where it has one."""
     k, v = (first(x, t.shape[0]) for x in (cache.k_window, cache.v_window))
     rows = q if grouped else q.reshape(len(q), k.shape[1], -1, k.shape[3])
-    seen = cache.seen(pos, t)[:, None, None]  # [B, 1, 1, n]
+    seen = cache.seen(pos[:, None], t)[:, None, None]  # [B, 1, 1, n]
     out = F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped)
     return out.reshape(q.shape)
 

@@ -109,4 +109,4 @@ def warm_quantizer(caches):
     for cache in {cache.config: cache for cache in packed}.values():
         n = min(cache.max_len, 4 * cache.config.group_size + 1)  # two stacks, to be dynamic
         nothing = torch.zeros_like(cache.k_window[:1, :, :1]).expand(-1, -1, n, -1)
-        cache.fill(nothing, nothing, torch.ones_like(cache.pos[:1]))
+        cache.fill(nothing, nothing, cache.pos[:1], torch.ones_like(cache.pos[:1]))

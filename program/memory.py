@@ -124,7 +124,7 @@ def _prefill_bytes(model, batch, prompt, config):
     widest = max(4 * c.hidden_dim * item, 3 * FLOAT * max(queries, keys), 2 * FLOAT * c.dim)
     mask = MASKED * prompt * (1 + item) if chunk < prompt and not weight.is_cuda else 0
     stack = 1 if config is None else 4 * config.group_size
-    first, end = slices(prompt, rows * keys, stack)[0]
+    first, end = slices(0, prompt, rows * keys, stack)[0]
     fill = rows * (end - first) * keys * (item + 4 * FLOAT)
     # All along: x, the layer's K and V; cos and sin.
     kept = prompt * (rows * (c.dim + 2 * keys) * item + 2 * FLOAT * c.head_dim)

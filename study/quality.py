@@ -175,9 +175,10 @@ def decoded(model, cache, prompt, tokens):
     else:
         length = prompt_kv[0][0].shape[2]
         model.setup_caches(len(tokens), length + tokens.shape[1], **cache)
-        at_length(model, length)
+        nothing = torch.zeros_like(model.cache.pos)
         for layer, (k, v) in zip(model.layers, prompt_kv):
-            layer.cache.fill(k, v, model.cache.pos)
+            layer.cache.fill(k, v, nothing, nothing + length)
+        at_length(model, length)
         for token in tokens.split(1, 1):
             model.cache.advance()
             logits.append(model.decode(token, model.cache.tokens(model.cache.length))[:, None])

@@ -49,37 +49,38 @@ def values_get_codes_a_step_late(original, cache, pos):
     original(cache, pos - 1)
 
 
-@bug(KiviCache, "slot")
-def the_ring_has_a_slot_too_few(original, cache, t):
-    return t % cache.config.residual
+@bug(KVConfig, "slot")
+def the_ring_has_a_slot_too_few(original, config, t):
+    return t % config.residual
 
 
 @bug(KiviCache, "read")
-def keys_get_codes_before_attention(original, cache, pos, n, heads):  # the order of Algorithm 1
-    return original(cache, pos + 1, n, heads)[0], original(cache, pos, n, heads)[1]
+def keys_get_codes_before_attention(original, cache, pos, n, heads, rows=slice(None)):
+    # The order of Algorithm 1.
+    return original(cache, pos + 1, n, heads, rows)[0], original(cache, pos, n, heads, rows)[1]
 
 
 @bug(KiviCache, "read")
-def one_exact_value_too_few(original, cache, pos, n, heads):
-    return original(cache, pos, n, heads)[0], original(cache, pos + 1, n, heads)[1]
+def one_exact_value_too_few(original, cache, pos, n, heads, rows=slice(None)):
+    return original(cache, pos, n, heads, rows)[0], original(cache, pos + 1, n, heads, rows)[1]
 
 
 @bug(KiviCache, "read", "4 sinks")
-def sinks_are_read_from_codes(original, cache, pos, n, heads):
-    k, v = original(cache, pos, n, heads)
+def sinks_are_read_from_codes(original, cache, pos, n, heads, rows=slice(None)):
+    k, v = original(cache, pos, n, heads, rows)
     old = (pos >= 64).view(-1, 1, 1, 1)
-    k[:, :, :4] = torch.where(old, cache.from_codes("k", n, heads)[:, :, :4], k[:, :, :4])
+    k[:, :, :4] = torch.where(old, cache.from_codes("k", n, heads, rows)[:, :, :4], k[:, :, :4])
     return k, v
 
 
-@bug(KiviCache, "grouped_as", "4 sinks")
-def sinks_stretch_their_group(original, cache, t):
+@bug(KVConfig, "grouped_as", "4 sinks")
+def sinks_stretch_their_group(original, config, t):
     return t
 
 
 @bug(KiviCache, "seen", "sliding")
 def the_sliding_window_is_a_token_too_long(original, cache, pos, t):
-    return original(cache, pos, t) | (t == pos[:, None] - cache.sliding)
+    return original(cache, pos, t) | (t == pos - cache.sliding)
 
 
 @bug(KiviCache, "store")
@@ -93,8 +94,8 @@ def codes_land_in_the_next_field(original, cache, name, group, token, chosen, ne
 
 
 @bug(KiviCache, "from_codes")
-def groups_are_read_in_another_order(original, cache, name, n, heads):
-    return original(cache, name, n, heads).roll(cache.config.group_size, 2)
+def groups_are_read_in_another_order(original, cache, name, n, heads, rows):
+    return original(cache, name, n, heads, rows).roll(cache.config.group_size, 2)
 
 
 @bug(KiviCache, "parts")
@@ -121,8 +122,8 @@ def scores_are_not_divided_by_the_root(original, cache, q, pos, t):
 
 
 @bug(KiviCache, "fill")
-def every_row_counts_as_long_as_the_longest(original, cache, k, v, lengths):
-    original(cache, k, v, lengths.max().expand_as(lengths))
+def every_row_counts_as_long_as_the_longest(original, cache, k, v, start, ends):
+    original(cache, k, v, start, ends.max().expand_as(ends))
 
 
 @bug(KiviCache, "prefill")
@@ -165,20 +166,20 @@ def the_scale_of_boosted_prompts_counts_fine_steps(original, x, config, order):
 
 
 @bug(KiviCache, "read", BOOSTED)
-def low_halves_are_not_read(original, cache, pos, n, heads):
+def low_halves_are_not_read(original, cache, pos, n, heads, rows=slice(None)):
     low = cache.k_packed[..., cache.head_dim :]
     stored = low.clone()
     low.zero_()
-    k_and_v = original(cache, pos, n, heads)
+    k_and_v = original(cache, pos, n, heads, rows)
     low.copy_(stored)
     return k_and_v
 
 
 @bug(KiviCache, "read", BOOSTED)
-def the_order_is_not_undone(original, cache, pos, n, heads):
+def the_order_is_not_undone(original, cache, pos, n, heads, rows=slice(None)):
     stored = cache.k_order.clone()
     cache.k_order.copy_(torch.arange(cache.head_dim))
-    k_and_v = original(cache, pos, n, heads)
+    k_and_v = original(cache, pos, n, heads, rows)
     cache.k_order.copy_(stored)
     return k_and_v
 
@@ -193,27 +194,27 @@ def only_the_first_group_tells_the_loudest(original, groups):
     return original(groups[:, :, :1])
 
 
-@bug(KiviCache, "ordered", BOOSTED)
-def every_block_of_keys_has_its_own_order(original, cache, keys, chosen, other):
+@bug(KiviCache, "choose", BOOSTED)
+def every_block_of_keys_has_its_own_order(original, cache, groups, chosen, rows=slice(None)):
     complete = (cache.pos > 0) & ((cache.pos + 1) % cache.config.residual == 0)
-    return original(cache, keys, chosen | complete, other)
+    original(cache, groups, chosen | complete[rows], rows)
 
 
-@bug(KiviCache, "ordered", BOOSTED)
-def sinks_count_among_the_loud(original, cache, keys, chosen, other):
-    keys = keys.clone()
-    keys[:, :, :4] = cache.k_window[:, :, :4]
-    return original(cache, keys, chosen, other)
+@bug(KiviCache, "choose", BOOSTED)
+def sinks_count_among_the_loud(original, cache, groups, chosen, rows=slice(None)):
+    groups = groups.clone()
+    groups[:, :, 0, :4] = cache.k_window[rows, :, :4]
+    original(cache, groups, chosen, rows)
 
 
-@bug(KiviCache, "ordered", BOOSTED)
-def all_rows_have_the_order_of_the_first(original, cache, keys, chosen, other):
-    return original(cache, keys[:1].expand_as(keys), chosen, other)
+@bug(KiviCache, "choose", BOOSTED)
+def all_rows_have_the_order_of_the_first(original, cache, groups, chosen, rows=slice(None)):
+    original(cache, groups[:1].expand_as(groups), chosen, rows)
 
 
-@bug(KiviCache, "ordered", BOOSTED)
-def all_heads_have_the_order_of_the_first(original, cache, keys, chosen, other):
-    return original(cache, keys[:, :1].expand_as(keys), chosen, other)
+@bug(KiviCache, "choose", BOOSTED)
+def all_heads_have_the_order_of_the_first(original, cache, groups, chosen, rows=slice(None)):
+    original(cache, groups[:, :1].expand_as(groups), chosen, rows)
 
 
 # ---- they are noticed ---------------------------------------------------------------------------
