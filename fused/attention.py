@@ -20,14 +20,12 @@ window is one more block; `merge` weighs them all.
 
 Shapes: nb blocks, of U stacks each; M query heads share a KV head.
 """
-from functools import lru_cache, reduce
+from functools import reduce
 from math import prod
 
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 
-from kivi import FullCache
+from kivi import Cache, FullCache
 
 NEVER = -1e30  # score of a token that is not there; finite, or an empty block would give NaN
 LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q or p, r the sum
@@ -45,38 +43,36 @@ LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q 
 }
 
 
-def compiled_attention(device):
-    """attend(cache, q, pos=None, t=None): the `attention` of both caches, compiled for `device`.
+def compiled_attention(device, form=None, plain=Cache.attention):
+    """attend(cache, q, pos=None, t=None): the `attention` of KiviCache, compiled for `device`.
 
     q [B, H, 1, D] -> [B, H, 1, D]; pos [B] index of the newest token and t, the tokens to read, as
     in `kivi.Cache.attend` unless given. One compilation serves all layers and lengths; it can be
     captured in a CUDA graph. A model's linear layers should stay out of it: the options here would
-    turn their products into kernels of their own, and the library is better at them.
+    turn their products into kernels of their own, and the library is better at them. A `form` is
+    another function to compile in place of `attention`, and a `plain` one, of t, what it computes.
     """
     cuda = torch.device(device).type == "cuda"
-    full = torch.compile(full_attention, fullgraph=True)
-    quantized = torch.compile(attention, fullgraph=True, options=OPTIONS if cuda else None)
+    quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
     if cuda:
         from torch._inductor.virtualized import V
 
         choices = launches()
 
-    def attend(cache, q, pos=None, t=None):
+    def attend(cache, q, pos=None, t=None, *new):
         if pos is None:
             cache.check(1, q=q)
             pos = cache.pos - 1
         n = cache.length if t is None else len(t)
-        if isinstance(cache, FullCache):
-            return full(cache, q, pos, dynamic(cache.tokens(n)), has_grouped_kernel(q))
-        if cuda and q.dtype == torch.float32:
-            return cache.attention(q, pos, cache.tokens(n))  # `product` has no float32 form there
+        if isinstance(cache, FullCache) or cuda and q.dtype == torch.float32:
+            return plain(cache, q, pos, cache.tokens(n), *new)  # `product` has no float32 form
         # At least two blocks, if there are two: the compiler takes a length of 1 for a constant.
         end = min(max(n, 2 * cache.block), cache.capacity)
         starts = cache.index[: end : cache.block]
         if not cuda:
-            return quantized(cache, q, pos, dynamic(starts))
+            return quantized(cache, q, pos, dynamic(starts), *new)
         with V.set_choices_handler(choices):  # else Inductor keeps the first that a process meets
-            return quantized(cache, q, pos, dynamic(starts))
+            return quantized(cache, q, pos, dynamic(starts), *new)
 
     return attend
 
@@ -85,30 +81,6 @@ def dynamic(x):
     """x [n] with a length that the compiler does not take for a constant."""
     torch._dynamo.maybe_mark_dynamic(x, 0)
     return x
-
-
-@lru_cache
-def _grouped_kernel(dtype, device, head_dim):
-    q = torch.empty(1, 2, 1, head_dim, dtype=dtype, device=device)
-    k = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
-    mask = torch.empty(1, 1, 1, 128, dtype=torch.bool, device=device)
-    choice = torch._fused_sdp_choice(q, k, k, attn_mask=mask, enable_gqa=True)
-    return choice != SDPBackend.MATH.value
-
-
-def has_grouped_kernel(q):
-    """Has the library a kernel for groups of query heads with a mask? cuDNN's is up to 15 times as
-    fast as query heads as rows; without one, K and V would be copied for every query head."""
-    return q.is_cuda and _grouped_kernel(q.dtype, q.device, q.shape[-1])
-
-
-def full_attention(cache, q, pos, t, grouped):
-    """`FullCache.attention`, by the library's grouped kernel where it has one."""
-    k, v = (first(x, t.shape[0]) for x in (cache.k_window, cache.v_window))
-    rows = q if grouped else q.reshape(len(q), k.shape[1], -1, k.shape[3])
-    seen = cache.seen(pos[:, None], t)[:, None, None]  # [B, 1, 1, n]
-    out = F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped)
-    return out.reshape(q.shape)
 
 
 def first(x, n, *inner):
@@ -124,19 +96,27 @@ def attention(cache, q, pos, starts):
 
     starts  [nb] first token of every block to read; the one dynamic shape of a decode step
     """
-    rows = q.reshape(len(q), cache.n_kv_heads, -1, cache.head_dim)  # [B, Hk, M, D]
-    rows = rows.to(torch.float16) if q.is_cuda else rows.float()
+    rows = query_rows(cache, q)
     scores = packed_scores(cache, rows, starts.shape[0])
-    top, total, out = softmax_of_blocks(cache, scores, pos, starts)
-    window_top, window_total, window_out = softmax_of_window(cache, rows, scores, pos)
+    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], starts)
+    return joined(blocks, softmax_of_window(cache, rows, scores, pos)).view(q.shape).to(q.dtype)
 
+
+def query_rows(cache, q):
+    """q [B, H, n, D] as the rows of one product for each KV head: [B, Hk, M n, D]."""
+    rows = q.reshape(len(q), cache.n_kv_heads, -1, cache.head_dim)
+    return rows.to(torch.float16) if q.is_cuda else rows.float()
+
+
+def joined(blocks, window):
+    """The attention of all blocks and of the window, from those of each: [B, Hk, M, D]."""
+    (top, total, out), (window_top, window_total, window_out) = blocks, window
     top, total = (x[..., None].expand(out.shape) for x in (top, total))  # so it is one kernel
     best = torch.maximum(top.amax(2), window_top)  # [B, Hk, M, D]
     weight = (top - best[:, :, None]).exp()
     window_weight = (window_top - best).exp()
     total = (weight * total).sum(2) + window_weight * window_total
-    out = ((weight * out).sum(2) + window_weight * window_out) / total
-    return out.view(q.shape).to(q.dtype)
+    return ((weight * out).sum(2) + window_weight * window_out) / total
 
 
 def packed_scores(cache, rows, n_blocks):
@@ -146,7 +126,10 @@ def packed_scores(cache, rows, n_blocks):
     U = cache.block // (P * G)
     packed = first(cache.k_packed, n_blocks, U)  # [B, Hk, nb, U, G, D + n]
     scale = first(cache.k_scale, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
-    zero = first(cache.k_zero, n_blocks, U * P).squeeze(4).to(rows.dtype)  # [B, Hk, nb, U * P, D]
+    zero = first(cache.k_zero, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
+    if rows.dtype == torch.float32:
+        zero = zero + scale * middle(bits, cache.config.boosted(D), D, zero.device)
+    zero = zero.flatten(3, 5).to(rows.dtype)  # [B, Hk, nb, U * P, D]
     if cache.config.boost:
         rows, scale = by_column(cache, rows, scale)
     # One number for a group, which its codes' product lacks.
@@ -159,6 +142,13 @@ def packed_scores(cache, rows, n_blocks):
         of_codes = of_codes.transpose(3, 4)  # [B, Hk, nb, M, U, G]
         scores.append((of_codes + of_zero[..., a, None]).flatten(-2))
     return scores
+
+
+def middle(bits, n_boosted, head_dim, device):
+    """[D]: the middle of the range of a channel's codes, of the first n in twice the bits."""
+    top = (2**bits - 1) / 2
+    boosted = torch.arange(head_dim, device=device) < n_boosted
+    return torch.where(boosted, top * (1 + 2.0**-bits), top)
 
 
 def by_column(cache, rows, scale):
@@ -187,7 +177,7 @@ def fold(rows, scale, dtype):
     return [high.to(torch.float16), (exact - high).to(torch.float16)]
 
 
-def softmax_of_blocks(cache, scores, pos, starts):
+def softmax_of_blocks(cache, scores, pos, own, starts):
     """Attention over the tokens whose values are quantized, block by block.
 
     returns  largest score and sum of weights [B, Hk, nb, M], weighted values [B, Hk, nb, M, D]
@@ -195,10 +185,10 @@ def softmax_of_blocks(cache, scores, pos, starts):
     c, C = cache.config, cache.block
     t = starts.int()[:, None] + torch.arange(C, dtype=torch.int32, device=pos.device)  # [nb, C]
     newest = pos.int()[:, None, None]
-    seen = (t >= c.sink) & (t < newest - c.residual)  # [B, nb, C]
+    seen = ((t >= c.sink) & (t < newest - c.residual))[:, None, :, None]  # [B, 1, nb, 1, C]
     if cache.sliding is not None:
-        seen = seen & (t > newest - cache.sliding)
-    seen = by_plane(seen[:, None, :, None], len(scores), c.group_size)
+        seen = seen & (t[:, None] > own.int()[:, None, None, :, None] - cache.sliding)
+    seen = by_plane(seen, len(scores), c.group_size)
     scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, seen)]
     if c.k_bits != c.v_bits:  # other planes for V: through the order of tokens
         scores = [x.unflatten(-1, (-1, c.group_size)) for x in scores]
@@ -224,7 +214,7 @@ def packed_values(cache, p, n_blocks, half):
     if half:
         p = [stored(x.to(torch.float16)) for x in p]
     # In float32: these sums largely cancel those of the codes.
-    zero = zero.float()
+    zero = zero.float() if half else zero + scale * (2**bits - 1) / 2
     of_zero = [sum(x * zero[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1)
                for g in range(zero.shape[4])]
     of_zero = torch.stack(of_zero, 3)  # [B, Hk, nb, D / G, M]
@@ -239,11 +229,20 @@ def softmax_of_window(cache, rows, scores, pos):
 
     returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
     """
+    t = slot_tokens(cache.config, pos)  # [B, slots]
+    unseen = t < 0
+    if cache.sliding is not None:
+        unseen = unseen | (t <= pos[:, None] - cache.sliding)
+    recent = window_scores(cache, rows, scores, pos, t).masked_fill(unseen[:, None, None], NEVER)
+    return softmax_of(recent, cache.v_window.to(rows.dtype))
+
+
+def window_scores(cache, rows, scores, pos, t):
+    """[B, Hk, M, slots]: scores of the window's tokens t [B, slots], for a query at pos."""
     c, G, P, C = cache.config, cache.config.group_size, len(scores), cache.block
     B, Hk, M, D = rows.shape
     device = pos.device
-    t = slot_tokens(c, pos)  # [B, slots]
-    recent = product((rows, cache.k_window.to(rows.dtype), D**-0.5))  # [B, Hk, M, slots]
+    recent = product((rows, cache.k_window.to(rows.dtype), D**-0.5))
     # Between the boundaries of K and V the value is exact and the key is quantized: such scores
     # come from the planes, from the place of the token there.
     exact = (t < c.sink) | (t >= (pos // c.residual * c.residual)[:, None])
@@ -258,13 +257,16 @@ def softmax_of_window(cache, rows, scores, pos):
     plane = place // G % P
     for a, x in enumerate(scores):
         recent = torch.where(exact[:, None, None] | (plane != a), recent, x[index])
-    unseen = t < 0 if cache.sliding is None else (t < 0) | (t <= pos[:, None] - cache.sliding)
-    recent = recent.masked_fill(unseen[:, None, None], NEVER)
+    return recent
+
+
+def softmax_of(recent, values):
+    """Attention by scores [B, Hk, M, n] to values [B, Hk, n, D], as `softmax_of_window` has it."""
     top = recent.amax(-1, keepdim=True)
     p = (recent - top).exp()
     total = p.sum(-1, keepdim=True)
-    p = stored(p.to(rows.dtype)) if rows.dtype == torch.float16 else p
-    return top, total, product((p, cache.v_window.to(rows.dtype).mT, 1.0))
+    p = stored(p.to(values.dtype)) if values.dtype == torch.float16 else p
+    return top, total, product((p, values.mT, 1.0))
 
 
 def slot_tokens(config, pos):
@@ -284,8 +286,8 @@ def numbers(packed, bits, dtype):
     already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code.
     """
     masks = [(p, (1 << bits) - 1 << p) for p in range(0, 8, bits)]
-    if dtype != torch.float16:
-        return [((packed & mask).float(), 2.0**-p) for p, mask in masks]
+    if dtype != torch.float16:  # around their middle, or the shares of codes and zeros would cancel
+        return [((packed & mask).float() - mask / 2, 2.0**-p) for p, mask in masks]
     wide = packed.to(torch.int16)
     # The minus makes LLVM mask two codes with one instruction; the tensor core applies it for free.
     return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]

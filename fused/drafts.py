@@ -1,0 +1,86 @@
+"""Attention of a few drafted tokens, which the cache does not hold and may never hold.
+
+Each query gets what it would get in a decode step of its own, after the steps of the drafts before
+it. Meanwhile values leave the window: at every step one becomes quantized. So the window is read
+with n copies beside it, quantized, of the values that will leave, and each query reads of every
+token the one or the other. Keys change only where a key block is completed, and so drafts must not
+go beyond the end of one.
+
+n drafts, the first of them token pos; M query heads share a KV head.
+"""
+import torch
+from torch.nn import functional as F
+
+from fused.attention import NEVER, joined, packed_scores, product, query_rows, slot_tokens
+from fused.attention import softmax_of, softmax_of_blocks, window_scores
+from kivi import FullCache
+from quantize import dequantize, take, value_codes
+
+
+def drafted(cache, q, pos, t, k, v):
+    """q [B, H, n, D] of drafts k, v [B, Hk, n, D] from token pos [B] on -> [B, H, n, D], over the
+    tokens t (see `Cache.tokens`)."""
+    now = pos[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, n]
+    out = []
+    for heads in cache.portions(len(t)):
+        part = q.unflatten(1, (cache.n_kv_heads, -1))[:, heads].flatten(2, 3)  # [B, heads, M n, D]
+        held_k, held_v = cache.read(pos, len(t), heads)
+        tokens = t.expand(len(q), -1).masked_fill(t >= pos[:, None], -1)
+        parts = [(tokens, held_k, held_v)]
+        if not isinstance(cache, FullCache):
+            left, values = leaving(cache, pos, q.shape[2], heads)
+            parts.append((left, take(held_k, left), values))
+        parts.append((now, k[:, heads], v[:, heads]))
+        tokens = torch.cat([x[0] for x in parts], 1)
+        keys, values = (torch.cat([x[i].to(held_k.dtype) for x in parts], 2) for i in (1, 2))
+        seen = seen_of(cache, tokens, now, q.shape[2], part.shape[2])
+        with torch.autocast(q.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(part.to(keys.dtype), keys, values, seen[:, None])
+        out.append(y)
+    return torch.cat(out, 1).reshape(q.shape).to(q.dtype)
+
+
+def fused_drafted(cache, q, pos, starts, k, v):
+    """The same over packed codes, see fused/attention.py: starts [nb]."""
+    rows = query_rows(cache, q)  # [B, Hk, M n, D]
+    n, D = q.shape[2:]
+    now = pos[:, None] + torch.arange(n, device=q.device)
+    scores = packed_scores(cache, rows, starts.shape[0])
+    every = now.repeat(1, rows.shape[2] // n)  # [B, M n]
+    blocks = softmax_of_blocks(cache, scores, pos, every, starts)
+    t = slot_tokens(cache.config, pos)  # [B, slots]
+    t = torch.where(t == now[:, :1], -1, t)  # the slot of the first draft is still another's
+    recent = window_scores(cache, rows, scores, pos, t)
+    left, old = leaving(cache, pos, n, slice(None))
+    slot = cache.slot(left.clamp(min=0))[:, None, None].expand(-1, *rows.shape[1:3], -1)
+    new = product((rows, k.to(rows.dtype), D**-0.5))
+    recent = torch.cat([recent, recent.gather(3, slot), new], 3)
+    seen = seen_of(cache, torch.cat([t, left, now], 1), now, n, rows.shape[2])
+    values = torch.cat([x.to(rows.dtype) for x in (cache.v_window, old, v)], 2)
+    window = softmax_of(recent.masked_fill(~seen[:, None], NEVER), values)
+    return joined(blocks, window).view(q.shape).to(q.dtype)
+
+
+def leaving(cache, pos, n, heads):
+    """Tokens [B, n] whose values leave the window while n drafts come from pos on, -1 where there
+    is none, and these values [B, heads, n, D] as they will be read."""
+    c = cache.config
+    t = pos[:, None] - c.residual + torch.arange(n, device=pos.device)
+    x = take(cache.v_window[:, heads], cache.slot(t.clamp(min=0)))
+    codes, scale, zero = value_codes(x, c)
+    kind = cache.v_scale.dtype
+    values = dequantize(codes, scale.to(kind).float(), zero.to(kind).float())
+    return torch.where(t < c.sink, -1, t), values
+
+
+def seen_of(cache, t, now, n, n_rows):
+    """bool [B, rows, tokens]: does a query of token `now` [B, n] read this one of the tokens t [B,
+    held + n + n] (without the middle n for a full cache)? Rows are M times n."""
+    now = now[:, :, None]
+    t, place = t[:, None], torch.arange(t.shape[1], device=t.device)
+    seen = (t >= 0) & cache.seen(now, t)
+    if not isinstance(cache, FullCache):
+        is_copy = (place >= t.shape[2] - 2 * n) & (place < t.shape[2] - n)
+        has_copy = (t >= cache.config.sink) & (t >= now[:, :1] - cache.config.residual)
+        seen = seen & (is_copy == (has_copy & (t < now - cache.config.residual)))
+    return seen.repeat(1, n_rows // n, 1)
