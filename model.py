@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from checkpoint.config import ACTIVATIONS, ModelConfig, layer_bits
-from checkpoint.rope import dynamic_frequencies, rope_frequencies
+from checkpoint.rope import dynamic_frequencies, rope_frequencies, rotate
 from checkpoint.shares import shard
 from checkpoint.weights import load_weights
 from fused.linear import QuantizedLinear, weight_format
@@ -47,15 +47,6 @@ def make_linear(c, inputs, outputs, bias):
     if c.weights is None:
         return nn.Linear(inputs, outputs, bias=bias)
     return QuantizedLinear(inputs, outputs, *c.weights, bias)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding as Hugging Face has it, halves instead of interleaved pairs.
-
-    x [B, H, T, D]; cos, sin [B, 1, T, D / 2]
-    """
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
 
 def causal(q, k, v, window=None, chunk=512):

@@ -115,3 +115,12 @@ def _yarn_scale(scaling):
     if strength and strength_all:
         return growth(strength) / growth(strength_all)
     return growth(1)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding as Hugging Face has it, halves instead of interleaved pairs.
+
+    x [B, H, T, D]; cos, sin [B, 1, T, D / 2]
+    """
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)

@@ -9,8 +9,11 @@ from functools import partial
 import torch
 
 from fused.attention import compiled_attention
+from fused.drafts import drafted, fused_drafted
+from fused.full import compiled_full_attention
 from fused.linear_launches import SMALL, compiled_weights
-from kivi import KiviCache, quantize_groups
+from kivi import FullCache, KiviCache, quantize_groups
+from quantize import take
 
 # Else Inductor divides by a scale that is not yet rounded to 16 bits, and not to the last bit: some
 # codes would differ from those of uncompiled code.
@@ -18,8 +21,9 @@ EXACT = {"emulate_precision_casts": True, "eager_numerics.division_rounding": Tr
 
 
 def start(model, tokens, pos):
-    """x [B, 1, dim] and the rotation of the tokens [B, 1] at pos [B]."""
-    return model.embed(tokens), *model.rope(pos[:, None])
+    """x [B, n, dim] and the rotation of the tokens [B, n] from pos [B] on."""
+    places = pos[:, None] + torch.arange(tokens.shape[1], device=pos.device)
+    return model.embed(tokens), *model.rope(places)
 
 
 def before(layer, x, cos, sin, pos):
@@ -63,23 +67,73 @@ class Step:
     flush: callable = flush
 
 
-def compiled_step(config, device):
-    """The same functions, compiled for `device`."""
+def before_drafts(layer, x, cos, sin):
+    """q, k, v of drafts x [B, n, dim], which stay outside the cache."""
+    return layer.attention.qkv(layer.attention_norm(x), cos, sin)
+
+
+def between_drafts(layer, following, x, y, cos, sin):
+    x = layer.after(x, y)
+    return x, *before_drafts(following, x, cos, sin)
+
+
+def last_drafts(layer, norm, head, x, y):
+    return head(norm(layer.after(x, y)))
+
+
+def commit(cache, k, v, pos, accepted):
+    """Puts the first `accepted` [B] of the drafts k, v [B, Hk, n, D] into the cache from pos [B]
+    on, at least one, as so many decode steps would. None of them has completed a key block."""
+    for i in range(k.shape[2]):
+        # A row with fewer writes its last one again, which changes nothing: no `if` of the host.
+        place = (accepted - 1).clamp(max=i)
+        k_new, v_new = (take(x, place[:, None]) for x in (k, v))
+        cache.write(k_new, v_new, pos + place)
+        if isinstance(cache, KiviCache):
+            cache.quantize_value(pos + place)
+
+
+@dataclass
+class DraftStep:
+    """The functions of a step that verifies drafts, plain or compiled."""
+
+    start: callable = start
+    before: callable = before_drafts
+    attend: callable = drafted
+    between: callable = between_drafts
+    last: callable = last_drafts
+    commit: callable = commit
+
+
+def compiling(config, device):
+    """(what compiles a function, what compiles one with linear layers) for `device`."""
     cuda = torch.device(device).type == "cuda"
     compiled = partial(torch.compile, fullgraph=True, options=EXACT | (SMALL if cuda else {}))
-    linear = compiled
-    if cuda and config.weights is not None:
-        linear = partial(compiled_weights, joined=not config.parallel)
     # Layers may have bits of their own, and each pair is a compilation.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return Step(
-        start=compiled(start),
-        before=linear(before),
-        attend=compiled_attention(device),
-        between=linear(between),
-        last=linear(last),
-        flush=compiled(flush),
-    )
+    if cuda and config.weights is not None:
+        return compiled, partial(compiled_weights, joined=not config.parallel)
+    return compiled, compiled
+
+
+def compiled_step(config, device):
+    """The functions of a `Step`, compiled for `device`."""
+    compiled, linear = compiling(config, device)
+    kivi, full = compiled_attention(device), compiled_full_attention()
+
+    def attend(cache, q, pos, t):
+        return (full if isinstance(cache, FullCache) else kivi)(cache, q, pos, t)
+
+    return Step(compiled(start), linear(before), attend, linear(between), linear(last),
+                compiled(flush))
+
+
+def compiled_draft_step(config, device):
+    """The functions of a `DraftStep`, compiled for `device`."""
+    compiled, linear = compiling(config, device)
+    attend = compiled_attention(device, fused_drafted, drafted)
+    return DraftStep(compiled(start), linear(before_drafts), attend, linear(between_drafts),
+                     linear(last_drafts), compiled(commit))
 
 
 def compiled_quantizer():

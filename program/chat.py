@@ -9,6 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 import generate
 from checkpoint.text import encode
+from decoding.decoder import Decoder, bucket
 from model import Transformer
 from program import report
 from program.memory import Budget
@@ -26,7 +27,7 @@ class Run:
     render: object  # chat template
     kv: str
     options: dict  # of the cache, as in `Transformer.setup_caches`
-    sampling: dict  # arguments of `generate.sample`
+    sampling: dict  # arguments of `decoding.decoder.sample`
     seed: int
     max_new_tokens: int
     memory_gb: float
@@ -48,7 +49,7 @@ class Run:
         """Sets up the caches and makes a Decoder for them."""
         self.model.setup_caches(batch, capacity, self.kv, **self.options)
         token = torch.zeros_like(self.model.cache.pos)[:, None]  # [B, 1]
-        decoder = generate.Decoder(self.model, token, **self.sampling)
+        decoder = Decoder(self.model, token, **self.sampling)
         decoder.on_compile = report.note_compiling
         return decoder
 
@@ -72,7 +73,7 @@ def rounded_capacity(model, n_tokens):
     """
     if not model.compiled or n_tokens > model.config.max_len:
         return n_tokens
-    return min(model.config.max_len, max(1024, generate.bucket(n_tokens, 1)))
+    return min(model.config.max_len, max(1024, bucket(n_tokens, 1)))
 
 
 @dataclass

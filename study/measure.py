@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from generate import side_stream
+from decoding.decoder import side_stream
 from program.parallel import processes
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from checkpoint.shares import shard
 from fused.linear import QuantizedLinear, weight_format
-from generate import Decoder
+from decoding.decoder import Decoder
 from model import ModelConfig, Transformer
 from program.parallel import processes, rank
 from study.measure import clock, clock_replays

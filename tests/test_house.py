@@ -22,10 +22,11 @@ TOP = {"quantize.py", "kivi.py", "model.py", "generate.py", "bench.py", "test_ki
 ORDER = """
 quantize
 kivi
-fused.attention fused.linear fused.linear_launches fused.step
+fused.attention fused.full fused.drafts fused.linear fused.linear_launches fused.step
 checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoint.shares
 checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
+decoding.decoder decoding.speculate
 generate
 program.parallel program.memory program.report program.chat program.batch program.cli
 study.measure study.models study.prompts study.variants study.throughput study.quality study.memory

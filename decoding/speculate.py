@@ -1,0 +1,182 @@
+"""Several tokens a step, exactly: drafts are verified together and stay out of the cache until then.
+
+A step reads the newest token and up to n - 1 drafts of what may follow, and samples behind each of
+them. As long as the sample is the next draft, the draft is accepted. The first other sample is a
+new token as well, because everything before it is right. A draft is one token, not a distribution:
+to accept it where the sample equals it keeps the distribution of the text at any temperature.
+
+Drafts come from the text itself (`Lookup`) or from a smaller model (`SmallModel`).
+"""
+from itertools import pairwise
+
+import torch
+
+from decoding.decoder import Decoder, bucket, checked, sample
+from fused.step import DraftStep, compiled_draft_step
+
+GRAMS = 3, 2  # tokens that must be alike before what followed them is proposed
+
+
+class Lookup:
+    """Drafts for one row: what followed the last tokens when they stood in its text before."""
+
+    def __init__(self):
+        self.known = 0  # tokens of the text
+        self.ends = {}  # where these tokens ended last
+
+    def propose(self, text, n):
+        """Up to n tokens that may follow `text`, which begins like that of the call before."""
+        for end in range(self.known, len(text)):  # not the last ones: they would find themselves
+            for size in GRAMS:
+                self.ends[tuple(text[max(0, end - size) : end])] = end
+        self.known = len(text)
+        for size in GRAMS:
+            end = self.ends.get(tuple(text[len(text) - size :]))
+            if end is not None:
+                return text[end : end + n]
+        return []
+
+
+class Lookups:
+    """Drafts for all rows of a batch, by `Lookup`."""
+
+    def begin(self, rows):
+        self.rows = [Lookup() for _ in rows]
+
+    def __call__(self, texts, most):
+        return [row.propose(text, n) for row, text, n in zip(self.rows, texts, most)]
+
+
+class SmallModel:
+    """Drafts by greedy steps of another model with the same tokenizer, in full precision."""
+
+    def __init__(self, model, batch, max_len):
+        model.setup_caches(batch, max_len, "bf16")
+        self.decoder = Decoder(model, torch.zeros_like(model.cache.pos)[:, None])
+
+    def begin(self, rows):
+        lengths = list(map(len, rows))
+        padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
+        self.decoder.model.prefill(torch.tensor(padded, device=self.decoder.token.device), lengths)
+
+    def __call__(self, texts, most):
+        cache, drafts = self.decoder.model.cache, []
+        cache.set_lengths([len(text) - 1 for text in texts])  # what was wrong is overwritten
+        self.decoder.token.copy_(torch.tensor([text[-1:] for text in texts]))
+        # One more than are drafted, so that the cache holds them all.
+        for _ in range(min(max(most) + 1, cache.max_len - cache.length)):
+            self.decoder()
+            drafts.append(self.decoder.token.clone())
+        rows = torch.cat(drafts, 1).tolist()
+        return [row[:n] for row, n in zip(rows, most)]
+
+
+def speculator(model, token, n_drafts, small=None, **sampling):
+    """A Speculator over the caches of `model`, whose drafts come from a `small` model, if given.
+
+    raises ValueError: the small model has other tokens, or a shorter context
+    """
+    if small and small.config.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the draft model has {small.config.vocab_size} tokens, the model only "
+                         f"{model.config.vocab_size}: they need the same tokenizer")
+    propose = SmallModel(small, len(token), model.cache.max_len) if small else Lookups()
+    return Speculator(model, token, n_drafts + 1, propose, **sampling)
+
+
+class Speculator(Decoder):
+    """Steps of `model` that verify drafts, otherwise as `Decoder`.
+
+    n       tokens of a row that a step reads, of which n - 1 are drafts
+    propose Lookups or SmallModel: called with the texts so far and how many drafts rows can use
+    """
+
+    def __init__(self, model, token, n, propose, graphs=None, **sampling):
+        super().__init__(model, token, graphs, **sampling)
+        B, device = len(token), token.device
+        self.n, self.propose = n, propose
+        self.input = torch.zeros(B, n + 1, dtype=torch.int64, device=device)  # and how many count
+        self.output = torch.zeros_like(self.input)
+        compiled = compiled_draft_step(model.config, device) if model.compiled else DraftStep()
+        self.step = compiled
+        self.proposed = self.accepted = 0
+
+    def most(self, row):
+        """How many drafts can row `row` use? None is beyond the end of its key block."""
+        cache = self.model.cache
+        length = cache.lengths[row]
+        room = cache.max_len - length
+        if cache.config:
+            room = min(room, cache.config.residual - length % cache.config.residual)
+        return min(self.n, room) - 1
+
+    def begin(self, token, rows):
+        self.texts = [row + more for row, more in zip(rows, token.tolist())]
+        self.propose.begin(rows)
+
+    def steps(self, done, most):
+        """As `Decoder.steps`, but several tokens at a time."""
+        yield [text[-1:] for text in self.texts]
+        while True:
+            yield self(done)
+
+    def __call__(self, done):
+        """One step: the new tokens of each row. A row that is `done` gets no drafts."""
+        cache = self.model.cache
+        if cache.length >= cache.max_len:
+            cache.advance()  # refuses
+        most = [0 if ended else self.most(row) for row, ended in enumerate(done)]
+        drafts = self.propose(self.texts, most)
+        rows = [text[-1:] + more for text, more in zip(self.texts, drafts)]
+        padded = [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]
+        self.input.copy_(torch.tensor(padded))
+        length = bucket(cache.length + 1, cache.block) if self._captures else cache.length + 1
+        t = cache.tokens(length)
+        if self._is_prepared(len(t)):
+            self._run(t)
+        else:
+            self._prepare(t)
+        self._started = True
+        output = self.output.tolist()
+        new = [row[: row[-1]] for row in output]
+        cache.lengths[:] = [n + len(row) for n, row in zip(cache.lengths, new)]
+        if cache.completes_key_block():
+            self.model.flush()
+        for text, row in zip(self.texts, new):
+            text += row
+        self.proposed += sum(map(len, drafts))
+        self.accepted += sum(map(len, new)) - len(new)
+        return new
+
+    def _capture(self, t):
+        """As `Decoder._capture`. Its first run, which compiles, must accept nothing: it would take
+        the place of values that the step itself still needs."""
+        given = self.input.clone()
+        self.input[:, -1] = 1
+        super()._capture(t)
+        self.input.copy_(given)
+
+    def _step(self, t):
+        tokens, count = self.input[:, :-1], self.input[:, -1:]  # [B, n], [B, 1]
+        logits, drafts = self.verify(tokens, t)
+        samples = sample(logits.flatten(0, 1), **self.sampling).view_as(tokens)
+        place = torch.arange(1, self.n, device=tokens.device)
+        same = (samples[:, :-1] == tokens[:, 1:]) & (place < count)
+        accepted = 1 + same.long().cumprod(1).sum(1)  # [B]
+        pos = self.model.cache.pos
+        for layer, (k, v) in zip(self.model.layers, drafts):
+            self.step.commit(layer.cache, k, v, pos, accepted)
+        pos += accepted
+        self.output.copy_(torch.cat([checked(samples, logits), accepted[:, None]], 1))
+
+    def verify(self, tokens, t):
+        """Logits [B, n, V] behind each of the tokens [B, n], and K and V of every layer."""
+        model, step, pos = self.model, self.step, self.model.cache.pos
+        x, cos, sin = step.start(model, tokens, pos)
+        q, k, v = step.before(model.layers[0], x, cos, sin)
+        drafts = [(k, v)]
+        for layer, following in pairwise(model.layers):
+            y = step.attend(layer.cache, q, pos, t, k, v)
+            x, q, k, v = step.between(layer, following, x, y, cos, sin)
+            drafts.append((k, v))
+        y = step.attend(model.layers[-1].cache, q, pos, t, k, v)
+        return step.last(model.layers[-1], model.norm, model.head, x, y), drafts
