@@ -4,12 +4,11 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 import generate
+from checkpoint.text import TextStream, utf8
 from program import report
 from program.memory import Budget, out_of_memory
 from program.parallel import processes
@@ -31,8 +30,8 @@ def read_prompts(file, run):
     takes an index as well.
     raises ValueError: no line can be used
     """
-    lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(utf8(file).split(b"\n"), 1)
+    lines = [(number, line.strip()) for number, line in lines if line.strip()]
     jsonl = bool(lines) and lines[0][1].startswith(b"{")
     jobs = []
     for index, (number, line) in enumerate(lines):
@@ -142,9 +141,12 @@ def print_results(run, jobs, results, shape, totals):
         if job.index not in results:
             continue
         new = results[job.index]
-        stream = DecodeStream(ids=job.ids)
-        pieces = [stream.step(run.tokenizer, token) or ""
-                  for token in new if token not in run.model.config.eos]
+        stream = TextStream(run.tokenizer, job.ids)
+        try:
+            pieces = [stream.add(token) for token in new if token not in run.model.config.eos]
+        except ValueError as error:  # the other rows have theirs
+            tell(f"prompt {job.index} has no text: {error}")
+            continue
         row = {"index": job.index, "prompt": job.prompt, "text": "".join(pieces),
                "prompt_tokens": len(job.ids), "new_tokens": len(new)}
         plain = f"--- {job.index}\n{'' if run.render else job.prompt}{row['text']}"

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 import generate
-from checkpoint.text import encode
+from checkpoint.text import TextStream, encode
 from model import Transformer
 from program import report
 from program.memory import Budget
@@ -86,7 +85,7 @@ class Answer:
     profiler: object = None
 
     def __post_init__(self):
-        self.stream = DecodeStream(ids=self.ids)
+        self.stream = TextStream(self.run.tokenizer, self.ids)
 
     def show(self, newest):
         """Takes the newest tokens of a batch of one row."""
@@ -96,7 +95,7 @@ class Answer:
         if self.profiler:
             self.profiler.step()
         if newest[0] not in self.run.model.config.eos:
-            piece = self.stream.step(self.run.tokenizer, newest[0]) or ""
+            piece = self.stream.add(newest[0])
             self.text += piece
             print(piece, end="", flush=True)
 
@@ -146,24 +145,23 @@ def converse(run):
     messages = []
     while True:
         try:
-            line = input("> ")
-            line.encode()
+            line = input("> ").removeprefix("\N{BYTE ORDER MARK}")
         except EOFError:
             return
-        except UnicodeEncodeError as error:  # such a line does not end the conversation
-            tell(f"error: {error}")
-            continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        ids = run.encode(messages)
-        while len(ids) + reserved > context and len(messages) > 2:
-            tell(f"forgetting the oldest turn: the context holds {context} tokens")
-            del messages[:2]
+        try:
             ids = run.encode(messages)
-        if len(ids) >= context:
-            tell(f"error: {len(ids)} tokens leave no room in the context of {context}: "
-                 "a shorter line, please")
+            while len(ids) + reserved > context and len(messages) > 2:
+                tell(f"forgetting the oldest turn: the context holds {context} tokens")
+                del messages[:2]
+                ids = run.encode(messages)
+            if len(ids) >= context:
+                raise ValueError(f"{len(ids)} tokens leave no room in the context of {context}: "
+                                 "a shorter line, please")
+        except ValueError as error:  # such a line does not end the conversation
+            tell(f"error: {error}")
             messages.pop()
             continue
         answer = Answer(run, ids, "" if run.render else line)

@@ -2,14 +2,13 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 from traceback import format_exception
 
 import torch
 
 import generate
 from checkpoint.hub import resolve
-from checkpoint.text import chat_template
+from checkpoint.text import chat_template, one_line, utf8
 from program.batch import answer_all
 from program.chat import Answer, Run, converse
 from program.memory import out_of_memory
@@ -132,10 +131,9 @@ def check_profile(file, prompts, interactive):
 def read_prompt(prompt, file):
     if not file:
         return "Once upon a time" if prompt is None else prompt
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+    text = utf8(file)
+    with one_line(f"{file} is no text in UTF-8"):
+        return text.decode().removesuffix("\n")  # editors put one there
 
 
 def batch_size(text):
