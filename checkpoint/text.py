@@ -1,6 +1,5 @@
 """From text to tokens and back: a checkpoint's tokenizer and its chat template."""
 import json
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -26,13 +25,15 @@ def one_line(what):
         raise ValueError(f"{what}: {error}") from None
 
 
-def utf8(file):
-    """The bytes of a text file in UTF-8: no byte order mark, lines end in one "\\n"."""
+def read_text(file):
+    """A file's text: UTF-8 or, with its mark, UTF-16; no byte order mark, lines end in one "\\n".
+
+    Bytes that are neither come as halves of surrogate pairs, which `encode` refuses.
+    """
     data = Path(file).read_bytes()
-    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-        with one_line(f"{file} is no text in UTF-16"):
-            data = data.decode("utf-16").encode()
-    return data.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    coding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = data.decode(coding, "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def load_tokenizer(folder):
@@ -130,8 +131,7 @@ def _template_source(folder, config):
     file = folder / "chat_template.jinja"
     source = config.get("chat_template")
     if file.exists():
-        with one_line(f"{file} is no text in UTF-8"):
-            source = utf8(file).decode()
+        source = read_text(file)
     if isinstance(source, list):  # several, each with a name
         source = {str(entry.get("name")): entry.get("template")
                   for entry in source if isinstance(entry, dict)}
@@ -187,7 +187,7 @@ def encode(tokenizer, messages, render=None):
     if "\0" in text:
         raise ValueError("the prompt holds NUL characters: save its text as UTF-8")
     with one_line("the prompt cannot be encoded"):
-        text.encode()  # bytes that are no UTF-8 come as halves of surrogate pairs
+        text.encode()  # halves of surrogate pairs cannot be
         ids = tokenizer.encode(text, add_special_tokens=render is None).ids
     if not ids:
         raise ValueError("the prompt has no tokens: it needs some text")

@@ -35,7 +35,7 @@ def load_weights(model, folder, progress=None):
     """
     folder = Path(folder)
     files = weight_files(folder)
-    if model.config.tied and has_own_head(files):
+    if model.config.tied and "lm_head.weight" in files and has_own_head(files):
         print(f"{folder}: config.json ties the head to the embedding, but the files hold another "
               "head: it is used", file=sys.stderr)
         model.config.tied = False
@@ -59,14 +59,12 @@ def load_weights(model, folder, progress=None):
 
 def has_own_head(files):
     """Do the files of `weight_files` hold a head that is not the embedding once more?"""
-    embedding = [name for name in files if "embed" in name]
-    if len(embedding) != 1 or "lm_head.weight" not in files:
-        return False
     pair = []
-    for name in ("lm_head.weight", *embedding):
-        with reading(files[name]), safe_open(files[name], framework="pt") as tensors:
-            pair.append(tensors.get_tensor(name))
-    return pair[0].dtype != pair[1].dtype or not torch.equal(*pair)
+    for name, file in files.items():
+        if name == "lm_head.weight" or "embed" in name:
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                pair.append(tensors.get_tensor(name))
+    return len(pair) == 2 and not torch.equal(*pair)
 
 
 def weight_files(folder):

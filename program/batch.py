@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import generate
-from checkpoint.text import TextStream, utf8
+from checkpoint.text import TextStream, read_text
 from program import report
 from program.memory import Budget, out_of_memory
 from program.parallel import processes
@@ -30,13 +30,13 @@ def read_prompts(file, run):
     takes an index as well.
     raises ValueError: no line can be used
     """
-    lines = enumerate(utf8(file).split(b"\n"), 1)
+    lines = enumerate(read_text(file).split("\n"), 1)
     lines = [(number, line.strip()) for number, line in lines if line.strip()]
-    jsonl = bool(lines) and lines[0][1].startswith(b"{")
+    jsonl = bool(lines) and lines[0][1].startswith("{")
     jobs = []
     for index, (number, line) in enumerate(lines):
         try:
-            item = json.loads(line.decode()) if jsonl else {"prompt": line.decode()}
+            item = json.loads(line) if jsonl else {"prompt": line}
             jobs.append(_job(index, item, run))
         except (ValueError, RecursionError) as error:
             tell(f"{file}, line {number}, skipped: {' '.join(str(error).split())}")

@@ -8,7 +8,7 @@ import torch
 
 import generate
 from checkpoint.hub import resolve
-from checkpoint.text import chat_template, one_line, utf8
+from checkpoint.text import chat_template, read_text
 from program.batch import answer_all
 from program.chat import Answer, Run, converse
 from program.memory import out_of_memory
@@ -131,9 +131,7 @@ def check_profile(file, prompts, interactive):
 def read_prompt(prompt, file):
     if not file:
         return "Once upon a time" if prompt is None else prompt
-    text = utf8(file)
-    with one_line(f"{file} is no text in UTF-8"):
-        return text.decode().removesuffix("\n")  # editors put one there
+    return read_text(file).removesuffix("\n")  # editors put one there
 
 
 def batch_size(text):

@@ -232,6 +232,15 @@ def test_a_long_file_of_bits_takes_no_time(text, tmp_path):
     assert time.process_time() - began < 1
 
 
+def test_rope_scaling_goes_before_rope_parameters(tmp_path):
+    """As in transformers 5. Guards against the entry of an older config that a newer one hides."""
+    config = LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0},
+                      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rope = ModelConfig.from_folder(tmp_path).rope_scaling
+    assert rope["factor"] == 4 and rope["rope_theta"] == LLAMA.get("rope_theta", 10000)
+
+
 @pytest.mark.parametrize("generation, config, eos", (
     ({"eos_token_id": 5}, 7, (5,)), ({"eos_token_id": [5, 6]}, 7, (5, 6)), ({}, 7, (7,)),
     ({"eos_token_id": None}, [7, 8], (7, 8)), (None, 7, (7,)), (None, None, ()), ({}, [], ())))

@@ -451,8 +451,8 @@ def test_files_of_text_as_they_come(how, checkpoint, tmp_path):
 def test_text_in_no_known_coding_is_refused(checkpoint, tmp_path):
     """UTF-16 without a mark, with half a character, and Latin-1."""
     file = tmp_path / "file"
-    for text, named in (("ab".encode("utf-16-le"), "NUL"), (b"\xff\xfea", "UTF-16"),
-                        ("é".encode("latin-1"), "UTF-8")):
+    for text, named in (("ab".encode("utf-16-le"), "NUL"), (b"\xff\xfea", "utf-16"),
+                        ("é".encode("latin-1"), "utf-8")):
         file.write_bytes(text)
         check_error(run("--checkpoint", checkpoint, "--prompt-file", file), named)
         code, _, err = run("--checkpoint", checkpoint, "--prompts", file)
