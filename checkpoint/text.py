@@ -130,7 +130,7 @@ def _template_source(folder, config):
     """The text of the template: of a file of its own, or in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     source = config.get("chat_template")
-    if file.exists():
+    if file.is_file():
         source = read_text(file)
     if isinstance(source, list):  # several, each with a name
         source = {str(entry.get("name")): entry.get("template")

@@ -30,8 +30,8 @@ def read_prompts(file, run):
     takes an index as well.
     raises ValueError: no line can be used
     """
-    lines = enumerate(read_text(file).split("\n"), 1)
-    lines = [(number, line.strip()) for number, line in lines if line.strip()]
+    lines = [line.strip(" \t\v\f") for line in read_text(file).split("\n")]  # not wide blanks
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line]
     jsonl = bool(lines) and lines[0][1].startswith("{")
     jobs = []
     for index, (number, line) in enumerate(lines):

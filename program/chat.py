@@ -33,10 +33,15 @@ class Run:
     as_json: bool
 
     def encode(self, messages):
-        """Tokens of a conversation, or of one prompt."""
+        """Tokens of a conversation, or of one prompt. raises ValueError as `encode`"""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return encode(self.tokenizer, messages, self.render)
+        ids = encode(self.tokenizer, messages, self.render)
+        last = self.model.config.vocab_size - 1
+        if max(ids) > last:
+            raise ValueError(f"a prompt holds token {max(ids)}, the model's vocabulary ends at "
+                             f"{last}: is it the model's own tokenizer?")
+        return ids
 
     def new_tokens(self, ids):
         """How many tokens to add to a prompt."""

@@ -160,7 +160,7 @@ def parser():
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", help='text to continue (default "Once upon a time")')
-    add("--prompt-file", help="file with the text to continue")
+    add("--prompt-file", help="file with the text to continue, without its last line break")
     add("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt "
         "and, optionally, max_new_tokens; unusable lines are named on stderr and skipped, the exit "
         "status is 0 if any prompt ran")

@@ -376,6 +376,21 @@ def test_a_line_that_cannot_be_encoded_is_skipped(chat_folder, monkeypatch):
     check_error(run(*same, "--prompt", "unknown"), "cannot be encoded")
 
 
+def test_a_token_beyond_the_vocabulary_takes_no_other_row(chat_folder, monkeypatch):
+    """A token that the model has no row for. Guards against one such line that ends a file of
+    prompts or a conversation."""
+    folder = chat_folder(byte_tokenizer(), added_tokens_decoder={
+        str(n): token(f"<{n}>") for n in range(258, 290)})
+    (folder / "prompts").write_text("a<289>\n\u3000b\n")
+    same = ("--checkpoint", folder, "--max-new-tokens", 2)
+    code, out, err = run(*same, "--prompts", folder / "prompts", "--json")
+    prompts = [json.loads(line).get("prompt") for line in out.splitlines()]
+    assert code == 0 and prompts == ["\u3000b", None] and "line 1, skipped: a prompt holds" in err
+    type_lines(monkeypatch, "<289>", "a")
+    code, out, err = run(*same, "--interactive")
+    assert code == 0 and "error: a prompt holds token 289" in err and out.startswith("a")
+
+
 def test_a_prompt_of_no_tokens_is_refused(chat_folder, monkeypatch):
     """The tokenizer strips blanks. Guards against an IndexError, and against one such line that
     ends a file or a conversation."""
