@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.nn import functional as F
 
 from checkpoint.families import ARCHITECTURES, MOST_LAYERS, family_fields
-from checkpoint.rope import rope_frequencies
+from checkpoint.rope import NUMBERS, rope_frequencies
 from fused.linear import weight_format
 
 GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -68,23 +68,25 @@ class ModelConfig:
             config.weights = _weight_entry(raw.get("quantization_config"))
             rope_frequencies(config)  # what it misses should be known before the weights are read
         except KeyError as error:
-            raise ValueError(f"{folder}/config.json has no entry {error}") from None
-        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/config.json lacks an entry or holds an unknown one: "
+                             f"{error}") from None
+        except (TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{folder}/config.json holds an entry of the wrong kind: "
                              f"{error}") from None
-        config.eos = _end_tokens(Path(folder) / "generation_config.json", raw)
+        config.eos = _end_tokens(Path(folder) / "generation_config.json", raw, config.vocab_size)
         return config
 
     def check(self):
         """Raises ValueError for numbers of no model, or a damaged config.json fails further on."""
-        limits = {"n_layers": MOST_LAYERS, "head_dim": 65536}
-        for name in ("vocab_size", "dim", "n_layers", "n_heads",
-                     "n_kv_heads", "head_dim", "hidden_dim", "max_len"):
-            value = getattr(self, name)
-            limit = limits.get(name, 2**31)
-            if type(value) is not int or not 0 < value < limit:
-                raise ValueError(f"config.json: {name} must be an integer "
-                                 f"from 1 to {limit - 1}, got {value!r}")
+        rope = {name: self.rope_scaling[name] for name in NUMBERS & self.rope_scaling.keys()}
+        limits = {"n_layers": MOST_LAYERS, "head_dim": 65536, "norms": 3, "norm_eps": 1,
+                  int: 2**31, float: 2**62}
+        for name, value in {**vars(self), **rope}.items():
+            kind = self.__annotations__.get(name, float)
+            limit = limits.get(name, limits.get(kind))
+            if limit and not (type(value) in (int, kind) and 0 < value < limit):
+                raise ValueError(f"config.json: {name} must be a number ({kind.__name__}) "
+                                 f"above 0 and below {limit}, got {value!r}")
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(f"config.json: {self.n_heads} heads of {self.head_dim} channels on "
                              f"{self.n_kv_heads} KV heads cannot be divided evenly")
@@ -100,33 +102,41 @@ class ModelConfig:
 
 def _weight_entry(entry):
     """(bits, group size) of a checkpoint that checkpoint/write.py wrote, None if not quantized."""
-    if not entry:
+    if entry is None:
         return None
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if method != "kivi-weights":
         raise ValueError(f"weights quantized by {method} are not supported: use the model's "
                          "original checkpoint, and --weights int8 or int4")
-    bits = entry["bits"]
-    group_size = entry["group_size"]
-    return weight_format(f"int{bits}" if group_size is None else f"int{bits}:{group_size}")
+    bits, group_size = form = entry["bits"], entry["group_size"]
+    name = f"int{bits}" if group_size is None else f"int{bits}:{group_size}"
+    if weight_format(name) != form:  # "4" is no 4
+        raise ValueError(f"config.json: the quantized weights are of the wrong kind: {form}")
+    return form
 
 
-def _end_tokens(generation_file, raw):
+def _end_tokens(generation_file, raw, vocab_size):
     """The tokens that end a text: of generation_config.json where it names them."""
     generation = read_json(generation_file) if generation_file.exists() else {}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-    eos = eos if isinstance(eos, list) else [eos]
-    return tuple(token for token in eos if isinstance(token, int))
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = raw.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    for token in eos:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be tokens of the {vocab_size} in the vocabulary, "
+                             f"got {token!r}: correct it in config.json or {generation_file}")
+    return tuple(eos)
 
 
 def read_json(path):
     """The object in a JSON file. raises ValueError: no such file, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise ValueError(f"{path} does not exist: "
-                         "a checkpoint is a folder in the Hugging Face layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                         "a checkpoint is a folder in the Hugging Face layout")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -141,11 +151,13 @@ def layer_bits(file, n_layers):
     raises ValueError: unreadable, or not exactly one pair a layer
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {file}: {error}") from None
-    preset = re.findall(r"(\d+)\W+nbits_key\W+(\d+)\W+nbits_value\W+(\d+)", text)
-    plain = re.findall(r"(?m)^\s*(\d+)[\s,]+(\d+)\s*$", text)
+    # Short numbers, and blanks of one line: the time must not grow with the square of the text.
+    number = r"\b(\d{1,9})"
+    preset = re.findall(rf"{number}\W+nbits_key\W+{number}\W+nbits_value\W+{number}\b", text)
+    plain = re.findall(rf"(?m)^[ \t]*{number}[ \t,]+{number}[ \t]*$", text)
     found = preset or [(layer, *pair) for layer, pair in enumerate(plain)]
     bits = sorted(tuple(int(number) for number in line) for line in found)  # by layer
     if [layer for layer, _, _ in bits] != list(range(n_layers)):

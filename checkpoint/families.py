@@ -19,6 +19,10 @@ UNSAID = {
     "Qwen3ForCausalLM": {"qk_norm": True},
     "Phi3ForCausalLM": {"names": "phi3"},
 }
+SWITCHES = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "alibi", "bias",
+    "multi_query", "parallel_attn", "new_decoder_architecture",
+)
 MOST_LAYERS = 1000
 
 
@@ -29,6 +33,10 @@ def family_fields(architecture, raw):
            ValueError: what no model here can do
     """
     raw = ARCHITECTURES[architecture] | raw
+    raw = {name: value for name, value in raw.items() if value is not None}
+    for name in SWITCHES:
+        if not isinstance(raw.get(name, False), bool):
+            raise ValueError(f"config.json: {name} must be true or false, got {raw[name]!r}")
     if architecture == "FalconForCausalLM":
         return _falcon_fields(raw)
     return _llama_fields(raw) | UNSAID.get(architecture, {})
@@ -50,11 +58,11 @@ def _llama_fields(raw):
         "dim": raw["hidden_size"],
         "n_layers": n_layers,
         "n_heads": heads,
-        "n_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+        "n_kv_heads": raw.get("num_key_value_heads", heads),
+        "head_dim": raw.get("head_dim", raw["hidden_size"] // heads),
         "hidden_dim": raw["intermediate_size"],
         "max_len": max_len,
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "rope_theta": rope["rope_theta"],
         "rope_scaling": rope,
         "tied": raw.get("tie_word_embeddings", False),
@@ -68,15 +76,15 @@ def _llama_fields(raw):
 
 def _windows(raw, n_layers):
     """The attention window of every layer in tokens, None where it reads everything."""
-    window = raw.get("sliding_window") or None
-    if not raw.get("use_sliding_window", True):
-        window = None
+    windows = {"full_attention": None, "sliding_attention": None}
+    if raw.get("use_sliding_window", True):
+        windows["sliding_attention"] = raw.get("sliding_window")
     n_full = raw.get("max_window_layers", 0)
-    kinds = raw.get("layer_types") or [
-        "full_attention" if i < n_full else "sliding_attention"
+    kinds = raw.get("layer_types", [
+        "full_attention" if i in range(n_full) else "sliding_attention"
         for i in range(min(n_layers, MOST_LAYERS))  # `check` refuses more
-    ]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    ])
+    return tuple(windows[kind] for kind in kinds)
 
 
 def _falcon_fields(raw):
@@ -89,17 +97,17 @@ def _falcon_fields(raw):
                          "use a Falcon with rotary embeddings")
     kv_heads = raw["num_attention_heads"]
     if raw.get("new_decoder_architecture", False):
-        kv_heads = raw.get("num_kv_heads") or kv_heads
+        kv_heads = raw.get("num_kv_heads", kv_heads)
         parallel = True
-        norms = raw.get("num_ln_in_parallel_attn") or 2
+        norms = raw.get("num_ln_in_parallel_attn", 2)
     else:
         kv_heads = 1 if raw.get("multi_query", True) else kv_heads
         parallel = raw.get("parallel_attn", True)
         norms = 1 if parallel else 2
     words_of_the_others = {
         "num_key_value_heads": kv_heads,
-        "intermediate_size": raw.get("ffn_hidden_size") or 4 * raw["hidden_size"],
-        "head_dim": None,
+        "intermediate_size": raw.get("ffn_hidden_size", 4 * raw["hidden_size"]),
+        "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
         "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "hidden_act": raw.get("activation", "gelu"),
         "sliding_window": None,

@@ -44,8 +44,8 @@ def resolve(checkpoint=None, revision=None):
 
     checkpoint  a folder, a short name or a hub id; None is the embedded one
     revision    branch, tag or commit of the hub's repository
-    raises      ValueError: none of these; a revision of a folder; the hub refuses it, or cannot
-                be reached and its cache does not hold it
+    raises      ValueError: none of these; no folder inside one that exists; a revision of a
+                folder; the hub refuses it, or cannot be reached and its cache does not hold it
     """
     folder = EMBEDDED if checkpoint is None else Path(checkpoint)
     if folder.is_dir():
@@ -57,6 +57,9 @@ def resolve(checkpoint=None, revision=None):
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise ValueError(f"checkpoint {str(checkpoint)!r} is no folder, no hub id (owner/name) "
                          f"and none of: {', '.join(SHORT)}")
+    if revision is None and "/" in str(folder) and folder.parent.is_dir():
+        raise ValueError(f"{folder} is no folder, though {folder.parent} is: correct the name "
+                         "(for a repository of the hub of that name add --revision main)")
     return _download(repo, revision)
 
 

@@ -3,6 +3,12 @@ from math import ceil, floor, log, pi
 
 import torch
 
+NUMBERS = {  # what an entry may hold of them, all above 0
+    "rope_theta", "factor", "max_position_embeddings", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale",
+    "mscale_all_dim",
+}
+
 
 def rope_entry(raw):
     """The rotary embedding of a config.json in one spelling, with the defaults filled in.
@@ -11,22 +17,24 @@ def rope_entry(raw):
     returns  dict: rope_type, rope_theta, original_max_position_embeddings, and what the type needs
     raises   ValueError: a model that rotates only a part of each head
     """
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_scaling", raw.get("rope_parameters", {}))
+    rope = {name: value for name, value in rope.items() if value is not None}
     context = raw.get("max_position_embeddings", 2048)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    old_context = rope.get("original_max_position_embeddings") or context
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    old_context = rope.get("original_max_position_embeddings", context)
     if kind == "dynamic":
         old_context = context
-    if kind == "yarn" and not rope.get("factor"):
+    if kind == "yarn" and "factor" not in rope:
         rope["factor"] = context / old_context
-    part = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1))
     if part != 1:
         raise ValueError(f"partial_rotary_factor {part} is not supported: "
                          "only models that rotate whole heads (1.0) are")
     return rope | {
         "rope_type": kind,
         "rope_theta": theta,
+        "max_position_embeddings": context,
         "original_max_position_embeddings": old_context,
     }
 

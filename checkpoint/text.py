@@ -1,36 +1,82 @@
-"""From text to tokens: a checkpoint's tokenizer and its chat template."""
+"""From text to tokens and back: a checkpoint's tokenizer and its chat template."""
 import json
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import DecodeStream
 from tokenizers.processors import TemplateProcessing
 
 from checkpoint.config import read_json
 
 
+@contextmanager
+def one_line(what):
+    """Makes a ValueError of all that is raised inside, which begins with `what`.
+
+    The tokenizer library raises bare Exception, and its panics are no Exception at all.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def read_text(file):
+    """A file's text: UTF-8 or, with its mark, UTF-16; no byte order mark, lines end in one "\\n".
+
+    Bytes that are neither come as halves of surrogate pairs, which `encode` refuses.
+    """
+    data = Path(file).read_bytes()
+    coding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = data.decode(coding, "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint, which puts BOS before a text where the checkpoint says so.
 
-    raises ValueError: there is no tokenizer.json, or it is damaged
+    raises ValueError: there is no tokenizer.json, it is damaged, or tokenizer_config.json
+           contradicts it
     """
     file = folder / "tokenizer.json"
-    if not file.exists():
+    if not file.is_file():
         only = ", only tokenizer.model" if (folder / "tokenizer.model").exists() else ""
         raise ValueError(f"{file} does not exist{only}: write it with transformers, "
                          "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is no valid tokenizer: {error}") from None
     config = _tokenizer_config(folder)
-    _set_bos(tokenizer, _special_tokens(config).get("bos_token", ""), config.get("add_bos_token"))
+    special = _special_tokens(config)
+    with one_line(f"{file} is no valid tokenizer"):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()  # the file may keep what its writer did to his batches
+        tokenizer.no_padding()
+    with one_line(f"{folder}/tokenizer_config.json does not fit {file}"):
+        _add_tokens(tokenizer, config, special)
+        tokenizer.encode_special_tokens = config.get("split_special_tokens", False)
+        _set_bos(tokenizer, special.get("bos_token", ""), config.get("add_bos_token"))
     return tokenizer
+
+
+def _add_tokens(tokenizer, config, special):
+    """Adds the tokens that only tokenizer_config.json names, as transformers does."""
+    declared = {int(n): token for n, token in config.get("added_tokens_decoder", {}).items()}
+    tokenizer.add_tokens([AddedToken(**declared[number]) for number in sorted(declared)])
+    for number, token in declared.items():
+        if tokenizer.token_to_id(token["content"]) != number:
+            raise ValueError(f"{token['content']!r} is not token {number} there")
+    known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    tokenizer.add_special_tokens([token for token in special.values() if token not in known])
 
 
 def _set_bos(tokenizer, bos, wanted):
     """Follows tokenizer_config.json where it says True or False and tokenizer.json disagrees."""
+    if not isinstance(wanted, bool | None):
+        raise ValueError(f"add_bos_token must be true or false, got {wanted!r}")
     number = tokenizer.token_to_id(bos)
-    if number is None or not isinstance(wanted, bool):
+    if number is None or wanted is None:
         return
     present = number in tokenizer.encode("").ids
     if wanted != present:
@@ -50,7 +96,7 @@ def _special_tokens(config):
     for name, token in config.items():
         if isinstance(token, dict):
             token = token.get("content")
-        if name.endswith("_token") and isinstance(token, str):
+        if name.endswith("_token") and not name.startswith("add_") and token is not None:
             tokens[name] = token
     return tokens
 
@@ -70,7 +116,9 @@ def chat_template(folder):
     def render(messages):
         try:
             template = sandbox.from_string(source)
-            return template.render(messages=messages, add_generation_prompt=True, **special)
+            # Some ask whether tools `is none`: what is undefined is not.
+            return template.render(messages=messages, add_generation_prompt=True, tools=None,
+                                   documents=None, **special)
         except Exception as error:  # it is a program, and can fail as it likes
             raise ValueError(f"the chat template of {folder} fails: "
                              f"{type(error).__name__}: {error}") from None
@@ -82,12 +130,13 @@ def _template_source(folder, config):
     """The text of the template: of a file of its own, or in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     source = config.get("chat_template")
-    if file.exists():
-        source = file.read_text(encoding="utf-8")
-    elif isinstance(source, list):  # several, each with a name
-        named = {str(entry.get("name")): entry.get("template")
-                 for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+    if file.is_file():
+        source = read_text(file)
+    if isinstance(source, list):  # several, each with a name
+        source = {str(entry.get("name")): entry.get("template")
+                  for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        source = source.get("default")
     if not isinstance(source, str):
         raise ValueError(f"{folder} has no chat template: "
                          "leave out --chat, or choose an instruct model")
@@ -96,7 +145,17 @@ def _template_source(folder, config):
 
 def _sandbox():
     """jinja2 with what templates of the hub expect to find there."""
+    import jinja2.ext
     import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The tag that marks an answer for training: what stands inside is text like any other."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -108,7 +167,7 @@ def _sandbox():
         return datetime.now().strftime(form)
 
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": refuse, "strftime_now": now}
@@ -120,10 +179,38 @@ def encode(tokenizer, messages, render=None):
 
     render  a chat template, which writes BOS itself; without one, the messages are one text, a
             line a turn
-    raises  ValueError: text that is no UTF-8
+    raises  ValueError: text that is no UTF-8, that the tokenizer fails at, or of no tokens
     """
     text = "".join(m["content"] + "\n" * (m["role"] == "assistant") for m in messages)
     if render is not None:
         text = render(messages)
-    text.encode()  # bytes that are no UTF-8 come as halves of surrogate pairs
-    return tokenizer.encode(text, add_special_tokens=render is None).ids
+    if "\0" in text:
+        raise ValueError("the prompt holds NUL characters: save its text as UTF-8")
+    with one_line("the prompt cannot be encoded"):
+        text.encode()  # halves of surrogate pairs cannot be
+        ids = tokenizer.encode(text, add_special_tokens=render is None).ids
+    if not ids:
+        raise ValueError("the prompt has no tokens: it needs some text")
+    return ids
+
+
+class TextStream:
+    """The text that follows a prompt, token by token in whole characters."""
+
+    def __init__(self, tokenizer, ids):
+        self.tokenizer = tokenizer
+        self.stream = DecodeStream(ids=ids)
+        self.held = []  # the newest tokens, whose text was not given out
+
+    def add(self, token):
+        """The text that a token completes; it may be empty."""
+        self.held.append(token)
+        with one_line("the tokenizer cannot decode the text"):
+            try:
+                piece = self.stream.step(self.tokenizer, token)
+            except Exception:  # a byte made characters invalid that were given out: they stay
+                piece = self.tokenizer.decode(self.held, skip_special_tokens=False)
+                self.stream = DecodeStream(ids=self.held)
+        if piece:
+            self.held = []
+        return piece or ""

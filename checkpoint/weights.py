@@ -1,8 +1,10 @@
 """Reads the weights of a checkpoint from its safetensors files, without a conversion step."""
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import read_json
@@ -32,28 +34,41 @@ def load_weights(model, folder, progress=None):
               too few or too many of them (all named at once)
     """
     folder = Path(folder)
+    files = weight_files(folder)
+    if model.config.tied and "lm_head.weight" in files and has_own_head(files):
+        print(f"{folder}: config.json ties the head to the embedding, but the files hold another "
+              "head: it is used", file=sys.stderr)
+        model.config.tied = False
+        model.head.weight = torch.nn.Parameter(torch.empty_like(model.embed.weight))
     targets = _targets(model)
     missing = set(targets)
     unexpected = []
-    for file in weight_files(folder):
-        with reading(file), safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-        for name in names:
-            filled = _targets_of(name, targets)
-            if filled:
-                _copy(model, file, name, [targets[target] for target in filled])
-                missing -= set(filled)
-                if progress:
-                    progress(1 - len(missing) / len(targets))
-            elif not _may_be_ignored(name, model.config):
-                unexpected.append(name)
+    for name, file in files.items():
+        filled = _targets_of(name, targets)
+        if filled:
+            _copy(model, file, name, [targets[target] for target in filled])
+            missing -= set(filled)
+            if progress:
+                progress(1 - len(missing) / len(targets))
+        elif not _may_be_ignored(name, model.config):
+            unexpected.append(name)
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its config.json; missing: {_some(missing)}; "
                          f"unexpected: {_some(unexpected)}")
 
 
+def has_own_head(files):
+    """Do the files of `weight_files` hold a head that is not the embedding once more?"""
+    pair = []
+    for name, file in files.items():
+        if name == "lm_head.weight" or "embed" in name:
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                pair.append(tensors.get_tensor(name))
+    return len(pair) == 2 and not torch.equal(*pair)
+
+
 def weight_files(folder):
-    """The safetensors files of a checkpoint.
+    """The safetensors file of every tensor of a checkpoint, by its name.
 
     raises ValueError: one does not exist, or the index names files outside the folder
     """
@@ -64,9 +79,9 @@ def weight_files(folder):
         if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
             raise ValueError(f"{index} has no weight_map of file names in its folder: "
                              "download it again")
-    files = [folder / name for name in sorted(set(names.values()))]
-    for file in files:
-        if not file.exists():
+    files = {}
+    for file in [folder / name for name in sorted(set(names.values()))]:
+        if not file.is_file():
             pickles = sorted(folder.glob("*.bin"))  # not read: they can run code
             only = f", only {pickles[0].name}" if pickles else ""
             raise ValueError(
@@ -74,6 +89,8 @@ def weight_files(folder):
                 "safetensors and you trust it, write them with transformers, "
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
             )
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
     return files
 
 

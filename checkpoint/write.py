@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from checkpoint.config import read_json
-from checkpoint.weights import INDEX, reading, weight_files, weight_form
+from checkpoint.weights import INDEX, has_own_head, reading, weight_files, weight_form
 from fused.linear import quantize_weight, weight_format
 
 COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")  # the tokenizer and the like
@@ -32,6 +32,8 @@ def write_quantized(folder, weights, out):
         raise ValueError(f"{folder} holds quantized weights already: "
                          "use the model's original checkpoint")
     files = weight_files(folder)
+    if has_own_head(files):
+        config["tie_word_embeddings"] = False
     bits, group_size = form
     config["quantization_config"] = {
         "quant_method": "kivi-weights", "bits": bits, "group_size": group_size,
@@ -39,7 +41,7 @@ def write_quantized(folder, weights, out):
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True)
     try:
-        index = _write_weights(files, part, form)
+        index = _write_weights(sorted(set(files.values())), part, form)
         for pattern in COPIED:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, part / file.name)

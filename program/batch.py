@@ -4,12 +4,11 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 import generate
+from checkpoint.text import TextStream, read_text
 from program import report
 from program.memory import Budget, out_of_memory
 from program.parallel import processes
@@ -31,13 +30,13 @@ def read_prompts(file, run):
     takes an index as well.
     raises ValueError: no line can be used
     """
-    lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    jsonl = bool(lines) and lines[0][1].startswith(b"{")
+    lines = [line.strip(" \t\v\f") for line in read_text(file).split("\n")]  # not wide blanks
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line]
+    jsonl = bool(lines) and lines[0][1].startswith("{")
     jobs = []
     for index, (number, line) in enumerate(lines):
         try:
-            item = json.loads(line.decode()) if jsonl else {"prompt": line.decode()}
+            item = json.loads(line) if jsonl else {"prompt": line}
             jobs.append(_job(index, item, run))
         except (ValueError, RecursionError) as error:
             tell(f"{file}, line {number}, skipped: {' '.join(str(error).split())}")
@@ -142,9 +141,12 @@ def print_results(run, jobs, results, shape, totals):
         if job.index not in results:
             continue
         new = results[job.index]
-        stream = DecodeStream(ids=job.ids)
-        pieces = [stream.step(run.tokenizer, token) or ""
-                  for token in new if token not in run.model.config.eos]
+        stream = TextStream(run.tokenizer, job.ids)
+        try:
+            pieces = [stream.add(token) for token in new if token not in run.model.config.eos]
+        except ValueError as error:  # the other rows have theirs
+            tell(f"prompt {job.index} has no text: {error}")
+            continue
         row = {"index": job.index, "prompt": job.prompt, "text": "".join(pieces),
                "prompt_tokens": len(job.ids), "new_tokens": len(new)}
         plain = f"--- {job.index}\n{'' if run.render else job.prompt}{row['text']}"

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 import generate
-from checkpoint.text import encode
+from checkpoint.text import TextStream, encode
 from decoding.decoder import Decoder, bucket
 from model import Transformer
 from program import report
@@ -35,10 +34,15 @@ class Run:
     as_json: bool
 
     def encode(self, messages):
-        """Tokens of a conversation, or of one prompt."""
+        """Tokens of a conversation, or of one prompt. raises ValueError as `encode`"""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return encode(self.tokenizer, messages, self.render)
+        ids = encode(self.tokenizer, messages, self.render)
+        last = self.model.config.vocab_size - 1
+        if max(ids) > last:
+            raise ValueError(f"a prompt holds token {max(ids)}, the model's vocabulary ends at "
+                             f"{last}: is it the model's own tokenizer?")
+        return ids
 
     def new_tokens(self, ids):
         """How many tokens to add to a prompt."""
@@ -87,7 +91,7 @@ class Answer:
     profiler: object = None
 
     def __post_init__(self):
-        self.stream = DecodeStream(ids=self.ids)
+        self.stream = TextStream(self.run.tokenizer, self.ids)
 
     def show(self, newest):
         """Takes the newest tokens of a batch of one row."""
@@ -97,7 +101,7 @@ class Answer:
         if self.profiler:
             self.profiler.step()
         if newest[0] not in self.run.model.config.eos:
-            piece = self.stream.step(self.run.tokenizer, newest[0]) or ""
+            piece = self.stream.add(newest[0])
             self.text += piece
             print(piece, end="", flush=True)
 
@@ -147,24 +151,23 @@ def converse(run):
     messages = []
     while True:
         try:
-            line = input("> ")
-            line.encode()
+            line = input("> ").removeprefix("\N{BYTE ORDER MARK}")
         except EOFError:
             return
-        except UnicodeEncodeError as error:  # such a line does not end the conversation
-            tell(f"error: {error}")
-            continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        ids = run.encode(messages)
-        while len(ids) + reserved > context and len(messages) > 2:
-            tell(f"forgetting the oldest turn: the context holds {context} tokens")
-            del messages[:2]
+        try:
             ids = run.encode(messages)
-        if len(ids) >= context:
-            tell(f"error: {len(ids)} tokens leave no room in the context of {context}: "
-                 "a shorter line, please")
+            while len(ids) + reserved > context and len(messages) > 2:
+                tell(f"forgetting the oldest turn: the context holds {context} tokens")
+                del messages[:2]
+                ids = run.encode(messages)
+            if len(ids) >= context:
+                raise ValueError(f"{len(ids)} tokens leave no room in the context of {context}: "
+                                 "a shorter line, please")
+        except ValueError as error:  # such a line does not end the conversation
+            tell(f"error: {error}")
             messages.pop()
             continue
         answer = Answer(run, ids, "" if run.render else line)

@@ -2,14 +2,13 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 from traceback import format_exception
 
 import torch
 
 import generate
 from checkpoint.hub import resolve
-from checkpoint.text import chat_template
+from checkpoint.text import chat_template, read_text
 from program.batch import answer_all
 from program.chat import Answer, Run, converse
 from program.memory import out_of_memory
@@ -132,10 +131,7 @@ def check_profile(file, prompts, interactive):
 def read_prompt(prompt, file):
     if not file:
         return "Once upon a time" if prompt is None else prompt
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+    return read_text(file).removesuffix("\n")  # editors put one there
 
 
 def batch_size(text):
@@ -164,7 +160,7 @@ def parser():
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", help='text to continue (default "Once upon a time")')
-    add("--prompt-file", help="file with the text to continue")
+    add("--prompt-file", help="file with the text to continue, without its last line break")
     add("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt "
         "and, optionally, max_new_tokens; unusable lines are named on stderr and skipped, the exit "
         "status is 0 if any prompt ran")

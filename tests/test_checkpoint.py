@@ -1,6 +1,9 @@
 """Reading checkpoints: shards, names, dtypes, configs; memory while loading; damaged folders."""
 import json
+import math
+import os
 import sys
+import time
 import weakref
 
 import pytest
@@ -8,10 +11,12 @@ import torch
 from calling import ROOT, process, run
 from make_golden import LENGTH, LLAMA, VARIANTS, Weights, tokens, write_checkpoint
 from reference import make_checkpoint, make_folder, some_ids
+from reference_cache import rel
 from safetensors.torch import save_file
 
 from checkpoint import weights as weights_file
 from checkpoint.config import ModelConfig, layer_bits
+from checkpoint.write import write_quantized
 from model import Transformer
 
 
@@ -46,12 +51,34 @@ def test_tied_heads(tmp_path, golden):
     second copy."""
     tied = VARIANTS["llama, tied"]
     folder = write_checkpoint(tmp_path, tied)
-    more = {"lm_head.weight": torch.ones(128, 64),
+    more = {"lm_head.weight": Weights(tied)["model.embed_tokens.weight"],
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(Weights(tied) | more, folder / "model.safetensors")
     net = Transformer.from_pretrained(folder)
     assert net.head.weight is net.embed.weight
     assert (net(tokens(LENGTH))[0] - golden["llama, tied/logits"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("weights, shards", ((None, 1), (None, 2), ("int8", 1)))
+def test_a_tied_head_that_is_another(weights, shards, tmp_path, capsys):
+    """config.json ties it, but it was trained apart: it is used, as in transformers, and stderr
+    says so. Guards against a head that is dropped in silence, in the copy of checkpoint/write.py,
+    too."""
+    folders = [make_checkpoint(tmp_path / name, shards) for name in ("untied", "says it is tied")]
+    file = folders[1] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    nets = [Transformer.from_pretrained(folder, weights=weights) for folder in folders]
+    ids = torch.tensor([some_ids(20)])
+    logits = [net(ids) for net in nets]
+    assert rel(logits[1], logits[0]) < (0.02 if weights else 1e-6)
+    assert nets[1].head.weight is not nets[1].embed.weight and not nets[1].config.tied
+    line, = capsys.readouterr().err.splitlines()
+    assert str(folders[1]) in line and "config.json" in line and "head" in line
+    written = [tmp_path / f"{i}" for i in range(2)]
+    for folder, out in zip(folders, written):
+        write_quantized(folder, "int8", out)
+    a, b = (Transformer.from_pretrained(out)(ids) for out in written)
+    assert torch.equal(a, b)
 
 
 def test_missing_and_unexpected_names_come_in_one_message(tmp_path):
@@ -186,6 +213,46 @@ def test_layer_bits_reads_presets_and_plain_text(tmp_path):
             read(wrong)
 
 
+def test_a_marked_file_of_bits(tmp_path):
+    """Guards against a byte order mark that costs the first layer."""
+    file = tmp_path / "bits"
+    file.write_bytes(b"\xef\xbb\xbf8 4\r\n4 2\r\n")
+    assert layer_bits(file, 2) == [(8, 4), (4, 2)]
+
+
+@pytest.mark.parametrize("text", ("\n" * 100_000, "1" * 100_000, "1 " * 100_000, "1\n" * 100_000,
+                                  " \t" * 100_000 + "x", "1 2 " * 50_000 + "nbits_key"))
+def test_a_long_file_of_bits_takes_no_time(text, tmp_path):
+    """Guards against a pattern whose time grows with the square of the text: minutes."""
+    file = tmp_path / "bits"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(ValueError, match="gives bits for"):
+        layer_bits(file, 3)
+    assert time.process_time() - began < 1
+
+
+def test_rope_scaling_goes_before_rope_parameters(tmp_path):
+    """As in transformers 5. Guards against the entry of an older config that a newer one hides."""
+    config = LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0},
+                      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rope = ModelConfig.from_folder(tmp_path).rope_scaling
+    assert rope["factor"] == 4 and rope["rope_theta"] == LLAMA.get("rope_theta", 10000)
+
+
+@pytest.mark.parametrize("generation, config, eos", (
+    ({"eos_token_id": 5}, 7, (5,)), ({"eos_token_id": [5, 6]}, 7, (5, 6)), ({}, 7, (7,)),
+    ({"eos_token_id": None}, [7, 8], (7, 8)), (None, 7, (7,)), (None, None, ()), ({}, [], ())))
+def test_the_tokens_that_end_a_text(generation, config, eos, tmp_path):
+    """generation_config.json goes before config.json where it names any. Guards against an end
+    that one file names and the other leaves open."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert ModelConfig.from_folder(tmp_path).eos == eos
+
+
 # ---- what cannot be used ------------------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
@@ -265,3 +332,63 @@ def test_no_damaged_config_ends_in_a_traceback(tmp_path):
                 except Exception as error:
                     what = repr(config[key]) if key in config else "missing"
                     pytest.fail(f"{key} = {what}: {type(error).__name__}: {error}")
+
+
+BAD = ("x", "4", "", True, -1, -0.5, math.nan, math.inf, [], [1], {"a": 1}, 10**40)
+NUMBERS = tuple(bad for bad in BAD) + (False, 0)
+SWITCH = tuple(bad for bad in BAD if bad is not True) + (0, 1, "false")
+KINDS = {  # entry -> values of the wrong kind
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "intermediate_size",
+                     "max_position_embeddings", "rms_norm_eps", "rope_theta"), NUMBERS),
+    **dict.fromkeys(("sliding_window",), NUMBERS[:-4] + NUMBERS[-2:]),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+                    SWITCH),
+    "max_window_layers": ("x", 0.5, math.nan, [1]),
+    "layer_types": ("x", 3, True, [], ["full_attention"], ["full_attention", "chunked"], [[], []]),
+    "hidden_act": BAD + (3,), "architectures": BAD, "rope_scaling": BAD[:-2],
+    "eos_token_id": ("x", True, -1, 0.5, 128, [1, "2"], [None], {"a": 1}),
+    "quantization_config": ("x", 3, True, [], {}, {"quant_method": "kivi-weights", "bits": 4}),
+}
+ROPE = {"rope_type": ("x", 3, [], True), "factor": NUMBERS, "beta_fast": NUMBERS,
+        "original_max_position_embeddings": NUMBERS, "attention_factor": NUMBERS}
+OURS = {"quant_method": "kivi-weights", "bits": 4, "group_size": 32}
+WRITTEN = {"bits": ("4", 4.0, True, None, [4]), "group_size": ("32", 32.0, True, [32], 0)}
+
+
+def test_entries_of_the_wrong_kind_are_refused(tmp_path):
+    """Guards against a string, a boolean or a negative number that is taken for what it is not, or
+    for nothing: "false" is true, 0 is missing, "4" times 16 is 4444444444444444."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    base = LLAMA | MISTRAL | {"rope_scaling": yarn, "sliding_window": 9}
+    cases = [(name, base | {name: bad}) for name, bads in KINDS.items() for bad in bads]
+    cases += [(name, base | {"rope_scaling": yarn | {name: bad}})
+              for name, bads in ROPE.items() for bad in bads]
+    cases += [(name, base | {"quantization_config": OURS | {name: bad}})
+              for name, bads in WRITTEN.items() for bad in bads]
+    file = tmp_path / "config.json"
+    accepted = []
+    for name, config in cases:
+        file.write_text(json.dumps(config))
+        try:
+            ModelConfig.from_folder(tmp_path)
+            accepted.append((name, config[name] if name in config else config))
+        except ValueError as error:
+            assert str(error)
+    assert not accepted
+
+
+@pytest.mark.parametrize("name", ("config.json", "generation_config.json", "tokenizer_config.json",
+                                  "model.safetensors.index.json", "tokenizer.json"))
+@pytest.mark.parametrize("content", ("[" * 100_000, '{"eos_token_id": %s}' % ("9" * 5000), None),
+                         ids=("deep", "long number", "no file"))
+def test_json_files_that_are_none(name, content, tmp_path):
+    """Too deep, a number too long for Python, and a pipe, which nobody writes to. Guards against a
+    RecursionError, a message without the file's name, and a program that waits for ever."""
+    folder = make_folder(tmp_path / "model", files={name: (content or "").encode()})
+    if content is None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    code, out, err = run("--checkpoint", folder, "--prompt", "x", "--max-new-tokens", 2)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert name in err

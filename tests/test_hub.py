@@ -144,3 +144,25 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
     result = run("--checkpoint", make_folder(tmp_path), "--revision", "main")
     check_error(result, "revision 'main'", str(tmp_path))
     check_error(run("--revision", "main"), "revision 'main'")
+
+
+def test_a_mistyped_folder_is_called_missing(tmp_path, monkeypatch):
+    """One slash makes no hub id of it where its first part is a folder here. Guards against a name
+    that is looked up on the hub; with a revision it is."""
+    asked = []
+
+    def download(repo, revision, **options):
+        asked.append((repo, revision))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "models" / "file").touch()
+    for name in ("models/lama", "models/file"):
+        check_error(run("--checkpoint", name), name, "is no folder", "models is")
+    assert not asked
+    resolve("models/lama", "main")
+    resolve("other/lama")
+    assert asked == [("models/lama", "main"), ("other/lama", None)]
+    assert resolve("models/llama").samefile(tmp_path / "models" / "llama")
