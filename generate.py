@@ -66,9 +66,8 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     stop = set(model.config.eos if stop is None else stop)
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = decoder.sampling if decoder else sampling
     start = time.perf_counter()
-    token = _prefill(model, rows, held, sampling)
+    token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
     if decoder is None and speculate:
         decoder = speculator(model, token, speculate, draft, **sampling)
     decoder = decoder or Decoder(model, token, **sampling)

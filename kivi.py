@@ -83,7 +83,7 @@ class Cache(Buffers):
         self.check(n, **tensors)
         lengths = [n] * self.batch if lengths is None else list(lengths)
         if len(lengths) != self.batch or not all(x in range(least, n + 1) for x in lengths):
-            raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}, not {lengths}")
+            raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}: {lengths}")
         longest = max(map(sum, zip(self.lengths, map(int, lengths))))
         if longest > self.max_len:
             raise ValueError(f"{longest} tokens exceed the cache's max_len of {self.max_len}")

@@ -32,7 +32,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None):
 
 
 def checked(token, logits):
-    """token [B, n], or -1 where the logits [B, V] or [B, n, V] that it comes from are not finite."""
+    """token [B, n], or -1 where the logits [B, V] or [B, n, V] it comes from are not finite."""
     return torch.where(torch.isfinite(logits.amax(-1)).view(token.shape), token, -1)
 
 

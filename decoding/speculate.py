@@ -1,4 +1,4 @@
-"""Several tokens a step, exactly: drafts are verified together and stay out of the cache until then.
+"""Several tokens a step, exactly: drafts are verified together, and only then join the cache.
 
 A step reads the newest token and up to n - 1 drafts of what may follow, and samples behind each of
 them. As long as the sample is the next draft, the draft is accepted. The first other sample is a

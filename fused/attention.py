@@ -49,8 +49,8 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     q [B, H, 1, D] -> [B, H, 1, D]; pos [B] index of the newest token and t, the tokens to read, as
     in `kivi.Cache.attend` unless given. One compilation serves all layers and lengths; it can be
     captured in a CUDA graph. A model's linear layers should stay out of it: the options here would
-    turn their products into kernels of their own, and the library is better at them. A `form` is
-    another function to compile in place of `attention`, and a `plain` one, of t, what it computes.
+    turn their products into kernels, and the library is better at them. A `form` is compiled in
+    place of `attention`, and a `plain` one, of t, computes the same.
     """
     cuda = torch.device(device).type == "cuda"
     quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
@@ -64,8 +64,8 @@ def compiled_attention(device, form=None, plain=Cache.attention):
             cache.check(1, q=q)
             pos = cache.pos - 1
         n = cache.length if t is None else len(t)
-        if isinstance(cache, FullCache) or cuda and q.dtype == torch.float32:
-            return plain(cache, q, pos, cache.tokens(n), *new)  # `product` has no float32 form
+        if isinstance(cache, FullCache) or cuda and q.dtype == torch.float32:  # no such `product`
+            return plain(cache, q, pos, cache.tokens(n), *new)
         # At least two blocks, if there are two: the compiler takes a length of 1 for a constant.
         end = min(max(n, 2 * cache.block), cache.capacity)
         starts = cache.index[: end : cache.block]
@@ -146,9 +146,8 @@ def packed_scores(cache, rows, n_blocks):
 
 def middle(bits, n_boosted, head_dim, device):
     """[D]: the middle of the range of a channel's codes, of the first n in twice the bits."""
-    top = (2**bits - 1) / 2
     boosted = torch.arange(head_dim, device=device) < n_boosted
-    return torch.where(boosted, top * (1 + 2.0**-bits), top)
+    return (2**bits - 1) / 2 * torch.where(boosted, 1 + 2.0**-bits, 1.0)
 
 
 def by_column(cache, rows, scale):
@@ -166,8 +165,8 @@ def by_column(cache, rows, scale):
 def fold(rows, scale, dtype):
     """rows * scale [B, Hk, nb, U, M, D], in parts that add up to it.
 
-    Rounded to float16 once, a score is 5e-4 off where keys have loud channels: little beside the
-    rounding of a bfloat16 result, but more than that of a float16 one, which gets two parts.
+    Rounded to float16 once, a score is 5e-4 off where keys have loud channels: more than the
+    rounding of a float16 result, which gets two parts.
     """
     if dtype != torch.float16 or not rows.is_cuda:
         return [rows * scale]
