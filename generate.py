@@ -3,6 +3,7 @@
 A decode step is in decoding/, the command line in program/.
 """
 import time
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -31,15 +32,16 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weig
 
 @torch.no_grad()
 def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_p=None, kv=None,
-             stop=None, on_token=None, on_row=None, on_fault=None, stats=None, decoder=None, held=0,
-             speculate=0, draft=None, **options):
+             stop=None, until=None, on_token=None, on_row=None, on_fault=None, stats=None,
+             decoder=None, held=0, speculate=0, draft=None, **options):
     """Continues prompts by up to `max_new_tokens` tokens; a row ends early with a token of `stop`.
 
     tokens          [B, L] integers, or a list of B lists of unequal lengths
     max_new_tokens  one number, or one a row; 0 makes the row a dummy that only fills the batch
     kv              name of the cache to set up, with `options` (see Transformer.setup_caches);
                     None keeps the caches that are there if they fit the batch, else "kivi2"
-    stop            tokens that end a row; None: the model's
+    stop            tokens that end a row; None: the model's. until: called with (row, new token),
+                    says whether that token ends the row
     on_token        called with the list of the B newest tokens after every step; None for a row
                     that has no other one
     on_row          called with (row, its new tokens) as soon as a row ends
@@ -47,7 +49,7 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
                     the row; None: a ValueError, when the others have ended
     stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens) and steps;
                     compile_s and compile_steps, which those do not count: steps that compiled or
-                    were captured; with `speculate` proposed and accepted (drafts)
+                    were captured; row_steps, all steps of all rows; proposed and accepted (drafts)
     decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid;
                     it brings its own sampling
     held            so many first tokens of every prompt are in the caches that are there
@@ -72,24 +74,29 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
         decoder = speculator(model, token, speculate, draft, **sampling)
     decoder = decoder or Decoder(model, token, **sampling)
     decoder.begin(token, rows)
-    compile_s, compile_steps = decoder.compile_s, decoder.compile_steps
+    before = _counts(decoder)
     if token.is_cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    new, n_steps = _decode(decoder, limits, stop, on_token, on_row, on_fault)
+    new, n_steps, row_steps = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
     if stats is not None:
-        compile_s = decoder.compile_s - compile_s
-        compile_steps = decoder.compile_steps - compile_steps
-        stats.update(prefill_s=begin - start, decode_s=time.perf_counter() - begin - compile_s,
+        counts = {name: n - before[name] for name, n in _counts(decoder).items()}
+        decode_s = time.perf_counter() - begin - counts["compile_s"]
+        stats.update(prefill_s=begin - start, decode_s=decode_s,
                      prefilled=sum(len(row) - held for row in rows),
-                     steps=max(0, n_steps - compile_steps),
-                     compile_s=compile_s, compile_steps=compile_steps)
+                     steps=max(0, n_steps - counts["compile_steps"]), row_steps=row_steps, **counts)
     out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out
     longest = max(map(len, out))
     out = [row + row[-1:] * (longest - len(row)) for row in out]
     return torch.tensor(out, device=tokens.device)
+
+
+def _counts(decoder):
+    """What a decoder counts over all its calls; drafts only if it has any."""
+    names = "compile_s", "compile_steps", "proposed", "accepted"
+    return {name: getattr(decoder, name, 0) for name in names}
 
 
 def _check(rows, limits, asked, vocab_size, held):
@@ -126,16 +133,19 @@ def _prefill(model, rows, held, sampling):
     return sample(read(padded, lengths), **sampling)[:, None]
 
 
-def _decode(decoder, limits, stop, on_token, on_row, on_fault):
-    """Decodes until every row has ended: the new tokens of each row, and the number of steps."""
+def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
+    """Decodes until every row has ended: the new tokens of each row, the number of steps, and that
+    of all rows together."""
     new = [[] for _ in limits]
     done = [limit == 0 for limit in limits]
-    faults = []
+    faults, row_steps = [], 0
     for n_steps, newest in enumerate(decoder.steps(done, max(limits))):  # step 0 is the prefill
         running = [row for row, ended in enumerate(done) if not ended]
         before = list(map(len, new))
+        row_steps += len(running) if n_steps else 0
         for row in running:
-            done[row] = _append(new[row], newest[row], limits[row], stop)
+            done[row] = _append(new[row], newest[row], limits[row], stop,
+                                until and partial(until, row))
         for row in running:
             if not done[row]:
                 continue
@@ -155,17 +165,17 @@ def _decode(decoder, limits, stop, on_token, on_row, on_fault):
         if on_fault is None:
             raise ValueError(f"row {row} after {len(new[row])} new tokens: {message}")
         on_fault(row, message)
-    return new, n_steps
+    return new, n_steps, row_steps
 
 
-def _append(row, tokens, limit, stop):
+def _append(row, tokens, limit, stop, until):
     """Appends the newest tokens of a row up to the one that ends it; a negative one stands for NaN.
     Has the row ended?"""
     for token in tokens:
         if token < 0:
             return True
         row.append(token)
-        if token in stop or len(row) == limit:
+        if token in stop or len(row) == limit or until and until(token):
             return True
     return False
 

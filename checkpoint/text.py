@@ -195,15 +195,41 @@ def encode(tokenizer, messages, render=None):
 
 
 class TextStream:
-    """The text that follows a prompt, token by token in whole characters."""
+    """The text that follows a prompt, token by token in whole characters, and where it ends.
 
-    def __init__(self, tokenizer, ids):
+    stops  texts that end it and are no part of it
+    text   what was given out so far; ended: did one of the stops appear?
+    """
+
+    def __init__(self, tokenizer, ids, stops=()):
         self.tokenizer = tokenizer
         self.stream = DecodeStream(ids=ids)
         self.held = []  # the newest tokens, whose text was not given out
+        self.stops = stops
+        self.text = self.tail = ""  # the tail may become a stop
+        self.ended = False
 
     def add(self, token):
         """The text that a token completes; it may be empty."""
+        if self.ended:
+            return ""
+        self.tail += self._decoded(token)
+        ends = [end for end in map(self.tail.find, self.stops) if end >= 0]
+        if ends:
+            self.ended, self.tail = True, self.tail[: min(ends)]
+            return self.rest()
+        begun = [n for stop in self.stops for n in range(len(stop))
+                 if self.tail.endswith(stop[:n])]
+        return self.rest(max(begun, default=0))
+
+    def rest(self, kept=0):
+        """Gives out the tail, but for its last `kept` characters."""
+        n = len(self.tail) - kept
+        piece, self.tail = self.tail[:n], self.tail[n:]
+        self.text += piece
+        return piece
+
+    def _decoded(self, token):
         self.held.append(token)
         with one_line("the tokenizer cannot decode the text"):
             try:
@@ -214,3 +240,16 @@ class TextStream:
         if piece:
             self.held = []
         return piece or ""
+
+
+def stopper(tokenizer, prompts, stops):
+    """A function of (row, new token): does a stop appear in the row's text? None without stops."""
+    if not stops:
+        return None
+    streams = [TextStream(tokenizer, ids, stops) for ids in prompts]
+
+    def ends(row, token):
+        streams[row].add(token)
+        return streams[row].ended
+
+    return ends

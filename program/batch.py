@@ -2,15 +2,18 @@
 import gc
 import json
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 
 import generate
-from checkpoint.text import TextStream, read_text
+from checkpoint.text import TextStream, read_text, stopper
 from program import report
-from program.memory import Budget, out_of_memory
+from program.chat import load_states
+from program.memory import Budget, cache_parts, out_of_memory
 from program.parallel import processes
 from program.report import tell
 
@@ -23,7 +26,7 @@ class Job:
     length: int  # of both
 
 
-def read_prompts(file, run):
+def read_prompts(file, run, past):
     """The Jobs of a file: a prompt a line, or JSONL if its first line begins with "{".
 
     Empty lines are skipped. A line that cannot be used is reported on stderr with its number; it
@@ -37,7 +40,7 @@ def read_prompts(file, run):
     for index, (number, line) in enumerate(lines):
         try:
             item = json.loads(line) if jsonl else {"prompt": line}
-            jobs.append(_job(index, item, run))
+            jobs.append(_job(index, item, run, past))
         except (ValueError, RecursionError) as error:
             tell(f"{file}, line {number}, skipped: {' '.join(str(error).split())}")
     if not jobs:
@@ -45,11 +48,11 @@ def read_prompts(file, run):
     return jobs
 
 
-def _job(index, item, run):
+def _job(index, item, run, past):
     prompt = item.get("prompt") if isinstance(item, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ValueError('no "prompt" with text')
-    ids = run.encode(prompt)
+    ids = past.respelled(run.encode(prompt))
     limit = item.get("max_new_tokens")
     limit = run.new_tokens(ids) if limit is None else limit
     if type(limit) is not int or limit < 1:
@@ -61,18 +64,24 @@ def _job(index, item, run):
     return Job(index, prompt, ids, limit, length)
 
 
-def answer_all(run, file, batch=None):
+def answer_all(run, file, batch, past, shares):
     """Continues the prompts of a file, and prints the results in the file's order.
 
     What was finished is printed also when the run ends early.
-    batch  rows that run together; None: as many as fit
+    batch   rows that run together; None: as many as fit
+    past    a program.chat.Past, perhaps of a saved cache
+    shares  read what all prompts begin with only once?
     """
     torch.manual_seed(run.seed)
-    jobs = read_prompts(file, run)
+    jobs = read_prompts(file, run, past)
+    # Of every prompt at least its last token is read.
+    shared = commonprefix([job.ids[:-1] for job in jobs]) if shares else []
     # The longest first: what does not fit shows at once, and rows of a wave have like work.
     queue = sorted(jobs, key=lambda job: -job.length)
     capacity = queue[0].length
-    budget = Budget(run, max(len(job.ids) for job in jobs))
+    longest = max(len(job.ids) for job in jobs)
+    one_row = cache_parts(run.model, 1, len(shared), run.kv, **run.options) if shared else {}
+    budget = Budget(run, longest, sum(one_row.values()))
     expected = batch or budget.largest_batch(len(jobs), capacity)
     steps = sum(job.limit for job in queue[::expected])  # about: one row of every wave
     why = report.compile_if_it_pays(run, steps, expected * capacity, prefill=True)
@@ -83,8 +92,9 @@ def answer_all(run, file, batch=None):
     results = {}  # new tokens by the index of the prompt
     totals = Counter()
     try:
+        states = read_shared(run, past, shared, totals) if shared else []
         while queue:
-            queue = run_waves(run, queue, batch, capacity, results, totals)
+            queue = run_waves(run, queue, batch, capacity, states, results, totals)
             if queue:
                 batch = -(-batch // 2)
                 tell(f"out of memory: going on with batches of {batch}")
@@ -92,12 +102,31 @@ def answer_all(run, file, batch=None):
         print_results(run, jobs, results, (batch, capacity), totals)
 
 
-def run_waves(run, queue, batch, capacity, results, totals):
-    """Runs the jobs of `queue` batch by batch; returns those left when memory ran out."""
+def read_shared(run, past, shared, totals):
+    """Reads these tokens behind those of `past`: the states of caches of one row that hold them."""
+    kept = min(past.keep([*shared, -1]), len(shared))
+    past.make_room(len(shared), 0, kept)
+    model, start = run.model, time.perf_counter()
+    rest = torch.tensor([shared[kept:]], device=model.embed.weight.device)
+    if kept < len(shared):
+        model.extend(rest)
+    states = [layer.cache.state() for layer in model.layers]
+    seconds = time.perf_counter() - start
+    totals.update(prefill_s=seconds, prefilled=rest.numel())
+    tell(f"the {len(shared)} tokens that all prompts begin with: {rest.numel()} of them read in "
+         f"{seconds:.2f} s")
+    return states
+
+
+def run_waves(run, queue, batch, capacity, states, results, totals):
+    """Runs the jobs of `queue` batch by batch; returns those left when memory ran out.
+
+    states  of caches that hold what the prompts begin with, [] if nothing
+    """
     try:
         decoder = run.decoder(batch, capacity)
         for first in range(0, len(queue), batch):
-            run_wave(run, queue[first : first + batch], batch, decoder, results, totals)
+            run_wave(run, queue[first : first + batch], batch, decoder, states, results, totals)
         return []
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -114,51 +143,54 @@ def run_waves(run, queue, batch, capacity, results, totals):
     return [job for job in queue if job.index not in results]
 
 
-def run_wave(run, wave, batch, decoder, results, totals):
+def run_wave(run, wave, batch, decoder, states, results, totals):
     """Continues the prompts of some jobs. The rest of the batch are dummies."""
     n_dummies = batch - len(wave)
-    prompts = [job.ids for job in wave] + [[0]] * n_dummies
+    held = states[0]["lengths"][0] if states else 0
+    load_states(run.model, states)
+    for layer in run.model.layers if states else ():
+        layer.cache.fork(0, list(range(1, batch)))
+    prompts = [job.ids for job in wave] + [wave[0].ids[: held + 1]] * n_dummies
     limits = [job.limit for job in wave] + [0] * n_dummies
-    stats = {}
+    stats = Counter()
 
     def keep(row, new):
         results[wave[row].index] = new
 
-    generate.generate(run.model, prompts, limits, on_row=keep, stats=stats, decoder=decoder)
-    skipped = stats["compile_steps"]
-    steps = [max(0, len(results[job.index]) - 1 - skipped) for job in wave]
-    rows = [(len(job.ids) + skipped, n) for job, n in zip(wave, steps)]
-    moved = report.traffic(run.model, rows)
-    totals.update(stats, waves=1, decoded=sum(steps), moved=moved)
+    generate.generate(run.model, prompts, limits, on_row=keep, stats=stats, decoder=decoder,
+                      held=held, until=stopper(run.tokenizer, prompts, run.stops))
+    rows = [(len(job.ids), len(results[job.index])) for job in wave]
+    decoded, moved = report.decoded(run, stats, rows)
+    totals.update(stats, waves=1, decoded=decoded, moved=moved)
     tell(f"{len(results)} prompts done, wave of {len(wave)}: prefill {stats['prefill_s']:.2f} s, "
          f"{stats['steps']} steps in {stats['decode_s']:.2f} s")
 
 
 def print_results(run, jobs, results, shape, totals):
     """Prints the finished prompts in order, and the statistics of all."""
-    n_prompt, n_new, longest = 0, 0, 0  # tokens
+    rows = []  # tokens of each prompt, and new ones
     for job in jobs:
         if job.index not in results:
             continue
         new = results[job.index]
-        stream = TextStream(run.tokenizer, job.ids)
+        stream = TextStream(run.tokenizer, job.ids, run.stops)
         try:
-            pieces = [stream.add(token) for token in new if token not in run.model.config.eos]
+            for token in new:
+                if token not in run.model.config.eos:
+                    stream.add(token)
         except ValueError as error:  # the other rows have theirs
             tell(f"prompt {job.index} has no text: {error}")
             continue
-        row = {"index": job.index, "prompt": job.prompt, "text": "".join(pieces),
+        stream.rest()
+        row = {"index": job.index, "prompt": job.prompt, "text": stream.text,
                "prompt_tokens": len(job.ids), "new_tokens": len(new)}
         plain = f"--- {job.index}\n{'' if run.render else job.prompt}{row['text']}"
         print(json.dumps(row) if run.as_json else plain)
-        n_prompt += len(job.ids)
-        n_new += len(new)
-        longest = max(longest, len(job.ids) + len(new))
+        rows.append((len(job.ids), len(new)))
     n_waves = totals["waves"]
     result = {"text": "", "prompts": len(jobs), "finished": len(results), "batch_size": shape[0],
               "waves": n_waves}
-    result |= report.statistics(run, shape, (n_prompt, n_new), totals,
-                                totals["decoded"], totals["moved"])
-    run.tell(result, longest - 1,
+    result |= report.statistics(run, shape, rows, totals, totals["decoded"], totals["moved"])
+    run.tell(result, max(map(sum, rows), default=0) - 1,
              f"{len(results)} of {len(jobs)} prompts in {n_waves} waves of {shape[0]}: ")
     sys.stdout.flush()

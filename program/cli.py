@@ -2,6 +2,7 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 from traceback import format_exception
 
 import torch
@@ -9,8 +10,9 @@ import torch
 import generate
 from checkpoint.hub import resolve
 from checkpoint.text import chat_template, read_text
+from program import saved
 from program.batch import answer_all
-from program.chat import Answer, Run, converse
+from program.chat import Answer, Past, Run, converse
 from program.memory import out_of_memory
 from program.parallel import join, leave, processes, rank
 from program.report import PROFILED, compile_if_it_pays, note, note_loading, tell
@@ -27,7 +29,10 @@ RANGES = {
     "max_new_tokens": (1, 10**9),
     "batch_size": (1, 10**6),
     "memory_gb": (0, 10**6),
+    "speculate": (1, 15),
 }
+NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
+APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate")]
 
 
 def main(argv=None):
@@ -78,6 +83,7 @@ def start(argv):
         if value is not None and not low <= value <= high:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must lie in {low} .. {high}, got {value}")
+    check_options(args)
     if args.interactive and processes() > 1:
         raise ValueError(f"--interactive reads from one process, torchrun started {processes()}")
     device = usable_device(args.device, args.dtype)
@@ -87,25 +93,66 @@ def start(argv):
     prompt = read_prompt(args.prompt, args.prompt_file)
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
-    model, tokenizer = generate.load(folder, device, dtype, weights=args.weights,
-                                     ranks=(rank(), processes()), progress=note_loading)
+    cache = saved.load(args.load_cache) if args.load_cache else None
+    before = [{"role": "system", "content": args.system}] if args.system is not None else []
+    prefix = read_text(args.prefix) if args.prefix else ""
+    shared = {"device": device, "dtype": dtype, "ranks": (rank(), processes())}
+    model, tokenizer = generate.load(folder, weights=args.weights, progress=note_loading, **shared)
+    draft = load_draft(args.draft, tokenizer, **shared) if args.draft else None
     note()
     options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
     options = {name: value for name, value in options.items() if value is not None}
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     run = Run(model, tokenizer, render, args.kv, options, sampling, args.seed,
-              args.max_new_tokens, args.memory_gb, args.compile, args.json)
+              args.max_new_tokens, args.memory_gb, args.compile, args.json,
+              cache.messages if cache else before, prefix, args.stop, args.speculate, draft)
+    if cache:
+        saved.check(cache, run)
+    past = Past(run, cache, args.interactive)
     if args.prompts:
-        answer_all(run, args.prompts, args.batch_size)
+        answer_all(run, args.prompts, args.batch_size, past, bool(cache or args.prefix))
         return
-    ids = [] if args.interactive else run.encode(prompt)
+    ids = [] if args.interactive else past.respelled(run.encode(prompt))
     steps = run.new_tokens(ids)
     why = compile_if_it_pays(run, steps, len(ids) + steps, args.interactive)
     if args.interactive:
         tell(why)
-        converse(run)
+        messages = converse(run, past)
     else:
-        Answer(run, ids, "" if args.chat else prompt).give(why, args.profile)
+        answer = Answer(run, past, ids, "" if args.chat else prompt)
+        answer.give(why, args.profile)
+        messages = [*run.before, {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": answer.stream.text}]
+    if args.save_cache:
+        if not past.decoder:
+            raise ValueError(f"{args.save_cache} is not written: no answer was finished last")
+        saved.save(args.save_cache, run, past.tokens, messages)
+
+
+def check_options(args):
+    """Raises ValueError for options that do not go together."""
+    for name, other in NEEDS.items():
+        if getattr(args, name) is not None and not getattr(args, other):
+            raise ValueError(f"--{name} goes with --{other}: add that, or leave out --{name}")
+    for pair in APART:
+        if all(getattr(args, name) for name in pair):
+            one, other = (f"--{name.replace('_', '-')}" for name in pair)
+            raise ValueError(f"{one} and {other} do not go together: leave out one of them")
+    if (args.save_cache or args.load_cache) and processes() > 1:
+        raise ValueError("saved caches are of one process: leave out torchrun")
+    if "" in args.stop:
+        raise ValueError("--stop needs some text, got none")
+    if args.save_cache and not Path(args.save_cache).absolute().parent.is_dir():
+        raise ValueError(f"--save-cache {args.save_cache}: there is no such folder")
+
+
+def load_draft(name, tokenizer, **options):
+    """The small model of that name. raises ValueError: it has another tokenizer"""
+    draft, other = generate.load(name, progress=note_loading, **options)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--draft {name} has another vocabulary: "
+                         "choose a model with the same tokenizer")
+    return draft
 
 
 def usable_device(name, dtype=None):
@@ -157,6 +204,10 @@ def parser():
     add("--group-size", type=int, help="G, elements that share scale and zero (kivi2: 32)")
     add("--residual", type=int, help="R, recent tokens in full precision (kivi2: 128)")
     add("--sink", type=int, help="S, first tokens in full precision (kivi2: 0)")
+    add("--save-cache", metavar="FILE", help="write what the cache holds after one prompt or a "
+        "conversation; --load-cache goes on from there")
+    add("--load-cache", metavar="FILE",
+        help="the prompt, the conversation or each of --prompts continues a saved one")
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", help='text to continue (default "Once upon a time")')
@@ -169,6 +220,11 @@ def parser():
     add = group.add_argument
     add("--chat", action="store_true",
         help="prompts are messages, put into the checkpoint's own chat template")
+    add("--system", metavar="TEXT", help="--chat: a system message in front")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end an answer where this text appears, without it; may be given several times")
+    add("--prefix", metavar="FILE",
+        help="--prompts: a text in front of every prompt, which is read once")
     add("--batch-size", type=batch_size,
         help="--prompts: rows that run together (default auto: as many as fit)")
     add("--memory-gb", type=float,
@@ -179,6 +235,10 @@ def parser():
     add("--top-k", type=int)
     add("--top-p", type=float)
     add("--seed", type=int, default=0)
+    add("--speculate", type=int, metavar="N", help="verify up to N drafts a step, 1 .. 15, which "
+        "are found in the text so far; the text stays the same where sampling is greedy")
+    add("--draft", metavar="CHECKPOINT",
+        help="--speculate: drafts come from this small model, which has the same tokenizer")
     add = p.add_argument_group("output").add_argument
     add("--json", action="store_true", help="the last line of stdout is one JSON object; "
         "with --prompts one for every prompt before it")

@@ -169,14 +169,20 @@ def largest(high, fits):
 
 
 class Budget:
-    """Do caches for prompts of up to `prompt` tokens fit? `run` is a program.chat.Run."""
+    """Do caches for prompts of up to `prompt` tokens fit? `run` is a program.chat.Run.
 
-    def __init__(self, run, prompt):
+    kept  bytes of the states of other caches, which stay beside them
+    """
+
+    def __init__(self, run, prompt, kept=0):
         self.run = run
         self.prompt = prompt
+        self.kept = kept
         device = run.model.embed.weight.device
         # The weights are loaded already, and the caches of an answer before will be replaced.
-        free = free_bytes(device) + weight_bytes(run.model) + cache_bytes(run.model)
+        free = free_bytes(device)
+        for model in filter(None, (run.model, run.draft)):
+            free += weight_bytes(model) + cache_bytes(model)
         self.free = least_of_all(free, device)  # all processes must choose the same batch
         if run.memory_gb is not None:
             self.free = min(self.free, run.memory_gb * 2**30)
@@ -185,6 +191,11 @@ class Budget:
         """What `needs` says, and the total, for rows of up to `capacity` tokens at their end."""
         run, prompt = self.run, min(self.prompt, capacity)
         parts = needs(run.model, batch, prompt, capacity, run.kv, **run.options)
+        if self.kept:
+            parts["kept"] = self.kept
+        if run.draft:
+            caches = cache_parts(run.draft, batch, capacity, "bf16")
+            parts["draft model"] = weight_bytes(run.draft) + sum(caches.values())
         return parts | {"total": sum(parts.values())}
 
     def fits(self, batch, capacity, share=1.0):

@@ -74,15 +74,38 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def traffic(model, rows):
+def traffic(model, rows, pace=1):
     """Bytes that decoding must read: weights in every step, each row's cache at its middle length.
 
-    rows  [(tokens before the first step, steps)]
+    rows  [(tokens before the first step, steps)]; pace: tokens that a step brings
     """
     total = weights_read(model) * max(steps for _, steps in rows)
     for before, steps in rows:
-        total += steps * kv_read(model, before + 1 + steps // 2)
+        total += steps * kv_read(model, before + 1 + int(steps * pace) // 2)
     return total
+
+
+def pace(stats, rows):
+    """Tokens that a step of a row brings, with drafts more than one; rows as in `decoded`."""
+    steps = stats["row_steps"]
+    return sum(new - 1 for _, new in rows) / steps if steps else 1
+
+
+def decoded(run, stats, rows):
+    """(tokens, bytes that had to be read) of the steps whose time is decode_s. Of steps that
+    brought several tokens the rows' shares are estimates.
+
+    stats  of `generate.generate`; rows: [(tokens of the prompt, new tokens)]
+    """
+    skipped, a_step = stats["compile_steps"], pace(stats, rows)
+    rows = [(before + int(skipped * a_step), max(0, round((new - 1) / a_step) - skipped))
+            for before, new in rows]
+    moved = traffic(run.model, rows, a_step)
+    if run.draft:  # a step of it for every draft, and one behind them
+        more = 1 + stats["proposed"] / max(1, stats["row_steps"])
+        smaller = [(before, int(steps * more)) for before, steps in rows]
+        moved += traffic(run.draft, smaller, a_step / more)
+    return round(a_step * sum(steps for _, steps in rows)), moved
 
 
 def roofline(rate, device):
@@ -96,21 +119,21 @@ def roofline(rate, device):
     return rate / peak
 
 
-def statistics(run, shape, tokens, times, decoded, moved):
+def statistics(run, shape, rows, stats, decoded, moved):
     """The numbers of a run, as its JSON object holds them; None where nothing was computed.
 
     shape    batch and capacity of the caches
-    tokens   of the prompts, and new ones
-    times    prefill_s, decode_s and compile_s
+    rows     [(tokens of the prompt, new tokens)]
+    stats    of `generate.generate`
     decoded  tokens of the decode steps in decode_s; moved: bytes that they read
     """
     device = run.model.embed.weight.device
-    prompt_tokens, new_tokens = tokens
-    prefill_s, decode_s = times["prefill_s"], times["decode_s"]
+    prefill_s, decode_s = stats["prefill_s"], stats["decode_s"]
     rate = moved / decode_s / 1e9 if decoded else None
     return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "prompt_tokens": sum(before for before, _ in rows),
+        "prefill_tokens": stats["prefilled"],  # not those that the caches held
+        "new_tokens": sum(new for _, new in rows),
         "prefill_s": prefill_s,
         "decode_s": decode_s,
         "tokens_per_s": decoded / decode_s if decoded else None,
@@ -118,10 +141,13 @@ def statistics(run, shape, tokens, times, decoded, moved):
         "kv_bytes": cache_bytes(run.model),
         "kv_bytes_full": sum(cache_parts(run.model, *shape, "bf16").values()),
         "peak_bytes": peak_bytes(device),
-        "compile_s": times["compile_s"],
-        "prefill_tokens_per_s": prompt_tokens / prefill_s if prefill_s else None,
+        "compile_s": stats["compile_s"],
+        "prefill_tokens_per_s": stats["prefilled"] / prefill_s if prefill_s else None,
         "decode_gb_per_s": rate,
         "roofline": roofline(rate, device),
+        "proposed_drafts": stats["proposed"],
+        "accepted_drafts": stats["accepted"],
+        "tokens_per_step": pace(stats, rows),
     }
 
 
@@ -152,7 +178,10 @@ def remarks(run, length):
 
 def format_stats(result, cache, compiled):
     """The statistics as one line. `cache` names the cache's kind."""
-    line = f"{result['prompt_tokens']} prompt tokens in {result['prefill_s']:.2f} s"
+    line = f"{result['prompt_tokens']} prompt tokens"
+    if result["prefill_tokens"] < result["prompt_tokens"]:
+        line += f", {result['prefill_tokens']} of them read"
+    line += f" in {result['prefill_s']:.2f} s"
     if result["prefill_tokens_per_s"]:
         line += f" ({result['prefill_tokens_per_s']:.0f} tokens/s)"
     line += f", {result['new_tokens']} new tokens"
@@ -161,6 +190,9 @@ def format_stats(result, cache, compiled):
                  f"{result['decode_gb_per_s']:.1f} GB/s")
     if result["roofline"]:
         line += f" ({result['roofline']:.0%} of the memory's)"
+    if result["proposed_drafts"]:
+        line += (f", {result['accepted_drafts']} of {result['proposed_drafts']} drafts accepted, "
+                 f"{result['tokens_per_step']:.2f} tokens a step")
     if result["compile_s"]:
         done = "compiling" if compiled else "capturing CUDA graphs"
         line += f", after {done} for {result['compile_s']:.1f} s"

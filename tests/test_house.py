@@ -28,7 +28,7 @@ checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
 decoding.decoder decoding.speculate
 generate
-program.parallel program.memory program.report program.chat program.batch program.cli
+program.parallel program.memory program.report program.saved program.chat program.batch program.cli
 study.measure study.models study.prompts study.variants study.throughput study.quality study.memory
 bench
 """.split()

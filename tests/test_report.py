@@ -120,8 +120,9 @@ def test_percent_of_the_roofline_where_it_is_known(name, clock, width, bandwidth
     share = report.roofline(2400, SimpleNamespace(type="cuda"))
     assert share == (bandwidth and pytest.approx(2400 / bandwidth, rel=1e-3))
     assert report.roofline(None, SimpleNamespace(type="cuda")) is None
-    result = {"prompt_tokens": 5, "new_tokens": 3, "prefill_s": 1.0, "decode_s": 2.0,
-              "tokens_per_s": 1.0, "kv_bytes": 1, "kv_bytes_full": 1, "peak_bytes": 1,
+    result = {"prompt_tokens": 5, "prefill_tokens": 5, "new_tokens": 3, "prefill_s": 1.0,
+              "decode_s": 2.0, "proposed_drafts": 0, "tokens_per_s": 1.0,
+              "kv_bytes": 1, "kv_bytes_full": 1, "peak_bytes": 1,
               "compile_s": 0.0, "prefill_tokens_per_s": 5.0, "decode_gb_per_s": 2400}
     line = report.format_stats(result | {"roofline": share}, "kivi2", True)
     assert ("% of" in line) == (share is not None)
