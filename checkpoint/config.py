@@ -56,6 +56,7 @@ class ModelConfig:
         raises ValueError: no such file, not JSON, an unknown architecture, or an entry that is
                missing or of the wrong kind; one line that says which
         """
+        check_files(folder)
         raw = read_json(Path(folder) / "config.json")
         named = raw.get("architectures")
         name = named[0] if named and isinstance(named, list) else "none named"
@@ -117,6 +118,13 @@ def _end_tokens(generation_file, raw):
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [eos]
     return tuple(token for token in eos if isinstance(token, int))
+
+
+def check_files(folder):
+    """Raises ValueError where a checkpoint holds a pipe or a device: reading it may never end."""
+    for file in sorted(Path(folder).glob("*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"{file} is a pipe or a device, not a file: remove it")
 
 
 def read_json(path):

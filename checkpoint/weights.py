@@ -3,10 +3,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import read_json
 from checkpoint.names import NAMES
+from checkpoint.room import check_room
 from checkpoint.shares import read_share
 from fused.linear import quantize_weight
 
@@ -32,6 +34,7 @@ def load_weights(model, folder, progress=None):
               too few or too many of them (all named at once)
     """
     folder = Path(folder)
+    check_room(model)
     targets = _targets(model)
     missing = set(targets)
     unexpected = []
@@ -41,6 +44,9 @@ def load_weights(model, folder, progress=None):
         for name in names:
             filled = _targets_of(name, targets)
             if filled:
+                if not missing.issuperset(filled):
+                    raise ValueError(f"{folder} holds {name} twice, once in {file.name}: "
+                                     "download it again")
                 _copy(model, file, name, [targets[target] for target in filled])
                 missing -= set(filled)
                 if progress:
@@ -55,7 +61,8 @@ def load_weights(model, folder, progress=None):
 def weight_files(folder):
     """The safetensors files of a checkpoint.
 
-    raises ValueError: one does not exist, or the index names files outside the folder
+    raises ValueError: one does not exist, the index names files outside the folder, or there is
+           one for all beside those of the index
     """
     names = {"every tensor": "model.safetensors"}
     index = folder / INDEX
@@ -74,6 +81,10 @@ def weight_files(folder):
                 "safetensors and you trust it, write them with transformers, "
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
             )
+    whole = folder / "model.safetensors"
+    if whole.exists() and whole not in files:
+        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
+                         "remove the one that is not meant")
     return files
 
 
@@ -158,7 +169,7 @@ def _copy(model, file, name, targets):
     inputs = [n * 32 // bits for n in views[0].shape[1:]]  # of packed words, the codes in them
     shape = (sum(map(len, views)), *inputs)
     floating = quantizes or views[0].is_floating_point()
-    if tensor.shape != shape or tensor.is_floating_point() != floating:
+    if tensor.shape != shape or is_float(tensor) != floating:
         raise ValueError(f"{name} in {file.name} is {tensor.dtype} of shape "
                          f"{tuple(tensor.shape)}, config.json asks for {shape}")
     parts = [tensor]
@@ -168,6 +179,12 @@ def _copy(model, file, name, targets):
         rows = part.split([len(view) for view in target.views])
         for view, new in zip(target.views, rows):
             view.copy_(new)
+
+
+def is_float(tensor):
+    """Are these numbers by themselves? Blocks of the last two dtypes share scales elsewhere."""
+    parts = (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
+    return tensor.is_floating_point() and tensor.dtype not in parts
 
 
 def _read(model, file, name, target):

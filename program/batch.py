@@ -11,7 +11,8 @@ from tokenizers.decoders import DecodeStream
 
 import generate
 from program import report
-from program.memory import Budget, out_of_memory
+from program.console import out_of_memory
+from program.memory import Budget
 from program.parallel import processes
 from program.report import tell
 

@@ -23,11 +23,12 @@ ORDER = """
 quantize
 kivi
 fused.attention fused.linear fused.linear_launches fused.step
+program.parallel program.console
 checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoint.shares
-checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
+checkpoint.room checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
 generate
-program.parallel program.memory program.report program.chat program.batch program.cli
+program.memory program.report program.chat program.batch program.cli
 study.measure study.models study.prompts study.variants study.throughput study.quality study.memory
 bench
 """.split()
