@@ -77,10 +77,10 @@ def usable_device(name, dtype=None):
         device = torch.device(name)
         if processes() > 1:
             device = join(device, dtype)
-        elif device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and graphs belong to the current one
         torch.zeros(1, device=device).item()  # "meta" holds no numbers
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # streams and graphs belong to the current one
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
     return device

@@ -65,8 +65,9 @@ def guarded(program, argv):
 
 def end(error):
     """Ends the process with a line about an error; returns where it is a mistake of the program."""
-    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # of `| head`
-        sys.exit(130)  # what there is so far has been printed
+    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # Ctrl-C, `| head`
+        # As the shell says for SIGINT and SIGPIPE. What there is so far has been printed.
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 141)
     line = explained(error)
     if line is None:
         return
@@ -100,7 +101,7 @@ def explained(error):
     if isinstance(error, ImportError):
         return f"{error}: pip install -r requirements.txt"
     if out_of_memory(error):
-        return f"{error or 'out of memory'}: shorten the prompts, or take smaller --weights"
+        return f"{str(error) or 'out of memory'}: shorten the prompts, or take smaller --weights"
     return None
 
 
