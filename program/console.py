@@ -88,12 +88,10 @@ def explained(error):
     compiler = re.search(r"torch[/\\]_inductor|triton[/\\](backends|compiler|runtime)",
                          "".join(format_exception(error)))
     if compiler and not out_of_memory(error):
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which the compiler sets itself
         reason = " ".join(str(error).splitlines()[:2])
         return (f"the compiler failed ({type(error).__name__}: {reason}): leave it out with "
-                f"--no-compile; if its cache is the reason (a killed run may have left it "
+                "--no-compile; if its cache is the reason (a killed run may have left it "
                 f"broken), delete {cache} or let TORCHINDUCTOR_CACHE_DIR name a folder to write to")
     wrong_input = (ValueError, OSError, RecursionError)  # the last of deep JSON
     if isinstance(error, wrong_input) or type(error).__name__ == "SafetensorError":

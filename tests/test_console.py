@@ -115,3 +115,13 @@ def test_a_library_that_cannot_be_imported(program, tmp_path):
     done = subprocess.run([sys.executable, *program], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     check_error((done.returncode, done.stdout, done.stderr), "libcudart.so")
+
+
+def test_an_unwritable_compile_cache_is_one_line(tmp_path, monkeypatch):
+    """Guards against a report that makes the folder itself, and fails as the compiler did."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    code = compile(f"import os; os.makedirs({str(folder)!r})", "torch/_inductor/x.py", "exec")
+    result = run(main=lambda argv: console.guarded(lambda argv: exec(code), argv))
+    check_error(result, "the compiler failed", "--no-compile", f"delete {folder}")
