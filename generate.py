@@ -2,6 +2,11 @@
 
 A decode step is in decoding/, the command line in program/.
 """
+from program import console
+
+if __name__ == "__main__":
+    console.begin()  # importing the rest takes a second, and can fail
+
 import time
 from itertools import zip_longest
 

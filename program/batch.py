@@ -10,7 +10,8 @@ import torch
 import generate
 from checkpoint.text import TextStream, read_text
 from program import report
-from program.memory import Budget, out_of_memory
+from program.console import out_of_memory
+from program.memory import Budget
 from program.parallel import processes
 from program.report import tell
 
