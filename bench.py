@@ -11,6 +11,11 @@ runs on a CPU, to test the program. Times are medians of CUDA-graph replays over
 exceed the L2; on a CPU, medians by the clock. The last line of stdout is one JSON object. --json
 FILE writes it too: after Ctrl-C or SIGTERM, what has been measured until then.
 """
+from program import console
+
+if __name__ == "__main__":
+    console.begin()
+
 import argparse
 import itertools
 import json
@@ -23,9 +28,10 @@ from torch.nn import functional as F
 
 from fused.attention import compiled_attention
 from kivi import PRESETS, FullCache, KiviCache, KVConfig
-from program.cli import guarded, usable_device
+from program.cli import usable_device
 from program.memory import kv_read, weights_read
 from program.parallel import rank
+from program.report import check_writable
 from study import memory, quality, throughput
 from study.measure import (
     Results, add_ratios, clock_calls, copy_bandwidth, print_table, say,
@@ -208,8 +214,8 @@ COMMANDS = {
 
 def parse(argv):
     """The values of the command line, by name."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (run, add_arguments) in COMMANDS.items():
         add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
@@ -229,7 +235,7 @@ def measure(argv):
     if command in ("decode", "throughput") and device.type != "cuda" and not tested:
         raise ValueError(f"{command} measures CUDA graphs: it needs --device cuda")
     if file:
-        open(file, "ab").close()  # what cannot be written should be known before hours of measuring
+        check_writable(file)  # before hours of measuring
     torch.manual_seed(0)
     results = Results(command, device)
     unfinished = False
@@ -247,7 +253,7 @@ def measure(argv):
 
 
 def main(argv=None):
-    guarded(measure, argv)
+    console.guarded(measure, argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 A decode step is in decoding/, the command line in program/.
 """
+from program import console
+
+if __name__ == "__main__":
+    console.begin()  # importing the rest takes a second, and can fail
+
 import time
 from functools import partial
 from itertools import zip_longest
@@ -40,16 +45,16 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     max_new_tokens  one number, or one a row; 0 makes the row a dummy that only fills the batch
     kv              name of the cache to set up, with `options` (see Transformer.setup_caches);
                     None keeps the caches that are there if they fit the batch, else "kivi2"
-    stop            tokens that end a row; None: the model's. until: called with (row, new token),
-                    says whether that token ends the row
+    stop            tokens that end a row; None: the model's
+    until           called with (row, new token): True ends the row
     on_token        called with the list of the B newest tokens after every step; None for a row
                     that has no other one
     on_row          called with (row, its new tokens) as soon as a row ends
     on_fault        called with (row, message) if the model computes NaN or inf there, which ends
                     the row; None: a ValueError, when the others have ended
     stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens) and steps;
-                    compile_s and compile_steps, which those do not count: steps that compiled or
-                    were captured; row_steps, all steps of all rows; proposed and accepted (drafts)
+                    compile_s, compile_steps of steps that compiled or were captured, beside those;
+                    row_steps of all rows and row_tokens from them; drafts proposed and accepted
     decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid;
                     it brings its own sampling
     held            so many first tokens of every prompt are in the caches that are there
@@ -78,13 +83,13 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     if token.is_cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    new, n_steps, row_steps = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
+    new, steps = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
     if stats is not None:
         counts = {name: n - before[name] for name, n in _counts(decoder).items()}
+        steps["steps"] = max(0, steps["steps"] - counts["compile_steps"])
         decode_s = time.perf_counter() - begin - counts["compile_s"]
         stats.update(prefill_s=begin - start, decode_s=decode_s,
-                     prefilled=sum(len(row) - held for row in rows),
-                     steps=max(0, n_steps - counts["compile_steps"]), row_steps=row_steps, **counts)
+                     prefilled=sum(len(row) - held for row in rows), **steps, **counts)
     out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out
@@ -134,8 +139,8 @@ def _prefill(model, rows, held, sampling):
 
 
 def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
-    """Decodes until every row has ended: the new tokens of each row, the number of steps, and that
-    of all rows together."""
+    """Decodes until every row has ended: the new tokens of each row, and counts: steps, row_steps
+    and row_tokens of `generate`'s stats."""
     new = [[] for _ in limits]
     done = [limit == 0 for limit in limits]
     faults, row_steps = [], 0
@@ -165,7 +170,8 @@ def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
         if on_fault is None:
             raise ValueError(f"row {row} after {len(new[row])} new tokens: {message}")
         on_fault(row, message)
-    return new, n_steps, row_steps
+    row_tokens = sum(len(row[1:]) for row in new)  # the first came from the prefill
+    return new, {"steps": n_steps, "row_steps": row_steps, "row_tokens": row_tokens}
 
 
 def _append(row, tokens, limit, stop, until):

@@ -56,6 +56,7 @@ class ModelConfig:
         raises ValueError: no such file, not JSON, an unknown architecture, or an entry that is
                missing or of the wrong kind; one line that says which
         """
+        check_files(folder)
         raw = read_json(Path(folder) / "config.json")
         named = raw.get("architectures")
         name = named[0] if named and isinstance(named, list) else "none named"
@@ -127,6 +128,13 @@ def _end_tokens(generation_file, raw, vocab_size):
             raise ValueError(f"eos_token_id must be tokens of the {vocab_size} in the vocabulary, "
                              f"got {token!r}: correct it in config.json or {generation_file}")
     return tuple(eos)
+
+
+def check_files(folder):
+    """Raises ValueError where a checkpoint holds a pipe or a device: reading it may never end."""
+    for file in sorted(Path(folder).glob("*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"{file} is a pipe or a device, not a file: remove it")
 
 
 def read_json(path):

@@ -1,6 +1,8 @@
 """Where a checkpoint lies: the embedded one, a folder, or a repository of the Hugging Face hub."""
 from pathlib import Path
 
+from checkpoint.config import check_files
+
 EMBEDDED = Path(__file__).resolve().parent.parent / "tiny"
 SHORT = {  # short names of checkpoints on the hub
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
@@ -52,6 +54,7 @@ def resolve(checkpoint=None, revision=None):
         if revision is not None:
             raise ValueError(f"revision {revision!r} needs a checkpoint of the hub, "
                              f"{folder} is a folder")
+        check_files(folder)
         return folder
     repo = SHORT.get(str(checkpoint).lower(), str(checkpoint))
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
@@ -79,13 +82,11 @@ def _download(repo, revision):
     except errors.RevisionNotFoundError:
         raise ValueError(f"{repo} has no revision {revision!r}: "
                          f"see https://huggingface.co/{repo}/tree/main") from None
-    except errors.LocalEntryNotFoundError as error:
-        if getattr(error, "snapshot_path", None):
-            # Not every file that the hub lists is there; the loader says so if it matters.
-            return Path(error.snapshot_path)
+    except errors.LocalEntryNotFoundError:  # or some of its files: texts would be others
         at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(f"{repo}{at} is not in the hub's cache and the hub cannot be reached: "
-                         "download it with a connection once, or give a folder") from None
+        raise ValueError(f"{repo}{at} is not, or not whole, in the hub's cache, and the hub cannot "
+                         "be reached: download it with a connection once, or give a folder"
+                         ) from None
     except Exception as error:  # whatever its HTTP library raises, too
         reason = str(error) or type(error).__name__
         raise ValueError(f"cannot download {repo}: {reason.splitlines()[0]}") from None

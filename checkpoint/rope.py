@@ -50,7 +50,8 @@ def rope_frequencies(config):
     """
     scaling = config.rope_scaling
     kind = scaling.get("rope_type", "default")
-    even_channels = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    # By name, here and below: the process may have another default device or dtype.
+    even_channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1.0 / config.rope_theta ** (even_channels / config.head_dim)
     scale = 1.0
     if kind in ("default", "dynamic"):
@@ -75,8 +76,8 @@ def dynamic_frequencies(freq, scaling, lengths):
     Beyond the trained context, slower with every token (as transformers does).
     """
     old, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-    growth = factor * lengths.clamp(min=old) / old - (factor - 1)
-    pairs = torch.arange(0, 2 * len(freq), 2, device=freq.device)
+    growth = factor * lengths.float().clamp(min=old) / old - (factor - 1)
+    pairs = torch.arange(0, 2 * len(freq), 2, dtype=torch.float32, device=freq.device)
     return freq * growth[:, None, None, None] ** -(pairs / (2 * len(freq) - 2))
 
 
@@ -106,7 +107,8 @@ def _kept_by_yarn(config):
     first = max(first, 0)
     last = min(last, D - 1)
     width = last - first or 0.001  # without, 0 / 0 where both are one pair
-    return 1 - ((torch.arange(D // 2) - first) / width).clamp(0, 1)
+    pairs = torch.arange(D // 2, dtype=torch.float32, device="cpu")
+    return 1 - ((pairs - first) / width).clamp(0, 1)
 
 
 def _yarn_scale(scaling):

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import read_json
 from checkpoint.names import NAMES
+from checkpoint.room import check_room
 from checkpoint.shares import read_share
 from fused.linear import quantize_weight
 
@@ -40,6 +41,7 @@ def load_weights(model, folder, progress=None):
               "head: it is used", file=sys.stderr)
         model.config.tied = False
         model.head.weight = torch.nn.Parameter(torch.empty_like(model.embed.weight))
+    check_room(model)
     targets = _targets(model)
     missing = set(targets)
     unexpected = []
@@ -70,7 +72,8 @@ def has_own_head(files):
 def weight_files(folder):
     """The safetensors file of every tensor of a checkpoint, by its name.
 
-    raises ValueError: one does not exist, or the index names files outside the folder
+    raises ValueError: one does not exist, the index names files outside the folder, or there is
+           one for all beside those of the index
     """
     names = {"every tensor": "model.safetensors"}
     index = folder / INDEX
@@ -90,7 +93,15 @@ def weight_files(folder):
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
             )
         with reading(file), safe_open(file, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
+            for name in tensors.keys():
+                if name in files:
+                    raise ValueError(f"{folder} holds {name} twice, once in {file.name}: "
+                                     "download it again")
+                files[name] = file
+    whole = folder / "model.safetensors"
+    if whole.exists() and whole not in files.values():
+        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
+                         "remove the one that is not meant")
     return files
 
 
@@ -175,7 +186,7 @@ def _copy(model, file, name, targets):
     inputs = [n * 32 // bits for n in views[0].shape[1:]]  # of packed words, the codes in them
     shape = (sum(map(len, views)), *inputs)
     floating = quantizes or views[0].is_floating_point()
-    if tensor.shape != shape or tensor.is_floating_point() != floating:
+    if tensor.shape != shape or is_float(tensor) != floating:
         raise ValueError(f"{name} in {file.name} is {tensor.dtype} of shape "
                          f"{tuple(tensor.shape)}, config.json asks for {shape}")
     parts = [tensor]
@@ -185,6 +196,12 @@ def _copy(model, file, name, targets):
         rows = part.split([len(view) for view in target.views])
         for view, new in zip(target.views, rows):
             view.copy_(new)
+
+
+def is_float(tensor):
+    """Are these numbers by themselves? Blocks of the last two dtypes share scales elsewhere."""
+    parts = (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu)
+    return tensor.is_floating_point() and tensor.dtype not in parts
 
 
 def _read(model, file, name, target):

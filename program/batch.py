@@ -13,7 +13,8 @@ import generate
 from checkpoint.text import TextStream, read_text, stopper
 from program import report
 from program.chat import load_states
-from program.memory import Budget, cache_parts, out_of_memory
+from program.console import out_of_memory
+from program.memory import Budget, cache_parts
 from program.parallel import processes
 from program.report import tell
 

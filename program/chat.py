@@ -248,5 +248,5 @@ def converse(run, past):
             answer.give()
         except KeyboardInterrupt:  # ends the answer, not the program
             print()
-            tell("interrupted: the next line lets the text be read from its beginning")
+            tell("interrupted: the next turn reads the whole text again")
         messages.append({"role": "assistant", "content": answer.stream.text})

@@ -1,9 +1,5 @@
 """The command line of generate.py."""
 import argparse
-import re
-import sys
-from pathlib import Path
-from traceback import format_exception
 
 import torch
 
@@ -13,9 +9,9 @@ from checkpoint.text import chat_template, read_text
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
-from program.memory import out_of_memory
-from program.parallel import join, leave, processes, rank
-from program.report import PROFILED, compile_if_it_pays, note, note_loading, tell
+from program.console import Parser, guarded, note, tell
+from program.parallel import join, processes, rank
+from program.report import PROFILED, check_writable, compile_if_it_pays, note_loading
 
 EXAMPLES = """examples:
   python generate.py                                                           English from tiny/
@@ -29,6 +25,8 @@ RANGES = {
     "max_new_tokens": (1, 10**9),
     "batch_size": (1, 10**6),
     "memory_gb": (0, 10**6),
+    "sink": (0, 10**9),
+    "seed": (-2**63, 2**64 - 1),
     "speculate": (1, 15),
 }
 NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
@@ -37,43 +35,6 @@ APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "specu
 
 def main(argv=None):
     guarded(start, argv)
-
-
-def guarded(program, argv):
-    """Runs a program: its errors become one line and exit status 2."""
-    try:
-        program(argv)
-    except KeyboardInterrupt:
-        sys.exit(130)  # what there is so far has been printed
-    except Exception as error:
-        line = explained(error)
-        if line is None:
-            raise
-        note()
-        stderr = sys.__stderr__ if rank() else sys.stderr
-        who = f"process {rank()}: " if rank() else ""
-        stderr.write(f"error: {who}{' '.join(line.split())}\n")  # at once: several may write
-        sys.exit(2)
-    finally:
-        leave()
-
-
-def explained(error):
-    """What to tell a user about an error; None for a mistake of the program.
-
-    When a run is killed while it compiles, the compiler's cache may keep half a file, over which
-    later runs stumble in many ways: in JSON, pickle, zlib, Triton, the C++ compiler, the linker.
-    """
-    compiler = re.search(r"torch[/\\]_inductor|triton[/\\](backends|compiler|runtime)",
-                         "".join(format_exception(error)))
-    if compiler and not out_of_memory(error):
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-        reason = " ".join(str(error).splitlines()[:2])
-        return (f"the compiler failed ({type(error).__name__}: {reason}). A run that was killed "
-                f"may have left its cache broken: delete {cache_dir()} and try again, "
-                "or leave the compiler out with --no-compile")
-    return str(error) if isinstance(error, (ValueError, OSError)) or out_of_memory(error) else None
 
 
 def start(argv):
@@ -142,8 +103,8 @@ def check_options(args):
         raise ValueError("saved caches are of one process: leave out torchrun")
     if "" in args.stop:
         raise ValueError("--stop needs some text, got none")
-    if args.save_cache and not Path(args.save_cache).absolute().parent.is_dir():
-        raise ValueError(f"--save-cache {args.save_cache}: there is no such folder")
+    if args.save_cache:
+        check_writable(args.save_cache)
 
 
 def load_draft(name, tokenizer, **options):
@@ -162,7 +123,9 @@ def usable_device(name, dtype=None):
         if processes() > 1:
             device = join(device, dtype)
         torch.zeros(1, device=device).item()  # "meta" holds no numbers
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # streams and graphs belong to the current one
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
     return device
@@ -172,7 +135,7 @@ def check_profile(file, prompts, interactive):
     if prompts or interactive:
         other = "prompts" if prompts else "interactive"
         raise ValueError(f"--profile is for one prompt: leave out --{other}")
-    open(file, "ab").close()  # if it cannot be written, that is known before the weights are read
+    check_writable(file)
 
 
 def read_prompt(prompt, file):
@@ -186,7 +149,7 @@ def batch_size(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Generate text with a low-bit KV cache (KIVI).", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("model").add_argument

@@ -1,12 +1,10 @@
 """What a run takes in memory, and what there is: a run that cannot fit is refused beforehand."""
-import re
 from bisect import bisect_left
 from collections import Counter
-from math import inf
-from pathlib import Path
 
 import torch
 
+from checkpoint.room import free_bytes, size
 from fused import linear
 from kivi import PORTION, FullCache, KiviCache, slices
 from program.parallel import least_of_all
@@ -148,21 +146,6 @@ def _decode_bytes(model, batch, max_len, config):
     return batch * row + max(WRITTEN_OUT * heads * one_head, FLUSHED * flushed)
 
 
-def free_bytes(device):
-    """Bytes that this process can still allocate; inf where the system does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    file = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.exists() else None
-    return int(found[1]) * 1024 if found else inf
-
-
-def size(n_bytes):
-    gib = n_bytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.2f} MiB"
-
-
 def largest(high, fits):
     """The largest n of 0 .. high with fits(n), where fits is true up to some n and false beyond."""
     return bisect_left(range(1, high + 1), True, key=lambda n: not fits(n))
@@ -227,8 +210,3 @@ class Budget:
         names = {"codes": "K and V" if self.run.kv == "bf16" else "packed codes"}
         lines = [f"  {names.get(name, name):12} {size(n):>12}" for name, n in parts.items()]
         return "\n".join([*lines, f"batch {batch}, {capacity} tokens a row"])
-
-
-def out_of_memory(error):
-    said = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
-    return said or isinstance(error, MemoryError)

@@ -1,8 +1,12 @@
 """What the program says about a run beside its text: progress, statistics, a profile."""
+import os
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from program.console import note, tell
 from program.memory import cache_bytes, cache_parts, kv_read, largest, weights_read
 from program.parallel import processes, rank
 
@@ -13,17 +17,6 @@ SAVED_A_LAYER = 2.5e-4
 SAVED_AN_ELEMENT = 1e-11
 PROFILED = 10  # decode steps of a profile
 WAIT = 4  # new tokens before them: compilation, the profiler's own start
-
-
-def tell(text):
-    if text:
-        print(text, file=sys.stderr)
-
-
-def note(text=""):
-    """Shows what takes long in the last line of a terminal, until the next note."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def note_loading(share):
@@ -85,10 +78,9 @@ def traffic(model, rows, pace=1):
     return total
 
 
-def pace(stats, rows):
-    """Tokens that a step of a row brings, with drafts more than one; rows as in `decoded`."""
-    steps = stats["row_steps"]
-    return sum(new - 1 for _, new in rows) / steps if steps else 1
+def pace(stats):
+    """Tokens that a step of a row brings: with drafts more than one."""
+    return stats["row_tokens"] / stats["row_steps"] if stats["row_steps"] else 1
 
 
 def decoded(run, stats, rows):
@@ -97,7 +89,7 @@ def decoded(run, stats, rows):
 
     stats  of `generate.generate`; rows: [(tokens of the prompt, new tokens)]
     """
-    skipped, a_step = stats["compile_steps"], pace(stats, rows)
+    skipped, a_step = stats["compile_steps"], pace(stats)
     rows = [(before + int(skipped * a_step), max(0, round((new - 1) / a_step) - skipped))
             for before, new in rows]
     moved = traffic(run.model, rows, a_step)
@@ -147,7 +139,7 @@ def statistics(run, shape, rows, stats, decoded, moved):
         "roofline": roofline(rate, device),
         "proposed_drafts": stats["proposed"],
         "accepted_drafts": stats["accepted"],
-        "tokens_per_step": pace(stats, rows),
+        "tokens_per_step": pace(stats),
     }
 
 
@@ -214,10 +206,21 @@ def profile(file, new_tokens):
 
     def write(profiler):
         if rank() == 0:  # one file, not one a process
-            profiler.export_chrome_trace(str(file))
+            # The library would replace a link by a file, and tells no error.
+            with TemporaryDirectory() as folder:
+                trace = Path(folder) / Path(file).name
+                profiler.export_chrome_trace(str(trace))
+                Path(file).write_bytes(trace.read_bytes())
 
     schedule = torch.profiler.schedule(wait=WAIT - 2, warmup=1, active=PROFILED, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+
+
+def check_writable(file):
+    """Raises ValueError where a file cannot be written, and makes none."""
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written: choose a file in a folder that exists")
 
 
 def tell_profiled(file, new_tokens):

@@ -23,12 +23,13 @@ ORDER = """
 quantize
 kivi
 fused.attention fused.full fused.drafts fused.linear fused.linear_launches fused.step
+program.parallel program.console
 checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoint.shares
-checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
+checkpoint.room checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
 decoding.decoder decoding.speculate
 generate
-program.parallel program.memory program.report program.saved program.chat program.batch program.cli
+program.memory program.report program.saved program.chat program.batch program.cli
 study.measure study.models study.prompts study.variants study.throughput study.quality study.memory
 bench
 """.split()

@@ -124,6 +124,14 @@ def test_what_the_hub_answers_becomes_one_line(kind, named, monkeypatch):
     check_error(run("--checkpoint", "llama-2-7b", "--revision", "v9"), *named)
 
 
+def test_half_a_download_is_refused_offline(tmp_path, monkeypatch):
+    """Guards against a text without the files that were still to come: other end tokens, no chat
+    template."""
+    half = errors.IncompleteSnapshotError("files are missing", snapshot_path=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=half))
+    check_error(run("--checkpoint", "llama-2-7b"), "meta-llama/Llama-2-7b-hf", "not whole")
+
+
 def test_only_needed_files_are_downloaded():
     """Guards against repositories that hold their weights twice (consolidated.safetensors, .bin,
     original/)."""

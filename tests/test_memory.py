@@ -1,10 +1,17 @@
 """What a run takes in memory by the formula, against what is allocated; bytes that steps read."""
+import math
+
 import pytest
 import torch
 from cache_cases import CASES, SHAPES, make_cache
+from calling import check_error, run
 from reference import decode_step, make_checkpoint, peak_allocation
 from reference_cache import full_bytes, kivi_bytes
 
+import generate
+from checkpoint import room
+from checkpoint import weights as checkpoint_weights
+from checkpoint.room import container_bytes
 from fused import linear
 from kivi import PRESETS, FullCache, KiviCache
 from model import ModelConfig, Transformer
@@ -163,3 +170,62 @@ def test_traffic_is_that_of_the_tokens_present(options):
         assert traffic_of(cache, length) == Hk * total
         assert traffic_of(full, length) == 2 * Hk * (length - first) * D * item
     assert traffic_of(cache, 300) < cache.nbytes / B or "sliding" in options
+
+
+# ---- what is free -------------------------------------------------------------------------------
+
+def control_groups(root, group, files):
+    """The files of a system whose process is in a control group: {path: text}."""
+    files = {"proc/self/cgroup": group} | files
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def limits(folder, limit, used, cached=0):
+    version_1 = "/memory/" in folder + "/"
+    names = (("memory.limit_in_bytes", "memory.usage_in_bytes") if version_1
+             else ("memory.max", "memory.current"))
+    stat = f"anon 5\nactive_file 7\ninactive_file {cached}\n"
+    if version_1:
+        stat = f"inactive_file 1\ntotal_active_file 7\ntotal_inactive_file {cached}\n"
+    return {f"{folder}/{names[0]}": f"{limit}\n", f"{folder}/{names[1]}": f"{used}\n",
+            f"{folder}/memory.stat": stat}
+
+
+TREE = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize("group, files, free", (
+    ("0::/\n", limits(TREE, 1000, 300, 50), 750),
+    ("0::/job/step\n", limits(f"{TREE}/job/step", "max", 1) | limits(f"{TREE}/job", 900, 100), 800),
+    ("0::/job/step\n", limits(f"{TREE}/job/step", 500, 1) | limits(f"{TREE}/job", 900, 500), 400),
+    ("0::/\n", limits(TREE, "max", 300), math.inf),
+    ("3:cpu:/x\n4:memory:/x\n0::/\n", limits(f"{TREE}/memory/x", 1000, 300, 60), 760),
+    ("4:memory:/docker/abc\n", limits(f"{TREE}/memory", 1000, 300), 700),
+    ("0::/\n", {}, math.inf),
+), ids=("container", "a job", "a smaller step", "no limit", "version 1", "container, version 1",
+        "no such files"))
+def test_the_limit_of_a_container_is_seen(group, files, free, tmp_path):
+    """Guards against the memory of a whole machine in a container that is killed at its limit, and
+    against files in the page cache that count as taken."""
+    control_groups(tmp_path, group, files)
+    assert container_bytes(tmp_path) == free
+    assert container_bytes(tmp_path / "nowhere") == math.inf
+
+
+def test_the_least_counts_as_free(monkeypatch):
+    """Guards against a limit that is read and not used."""
+    monkeypatch.setattr(room, "container_bytes", lambda root: 12345)
+    assert room.free_bytes(CPU) == 12345
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch):
+    """Guards against a process that the system kills while it loads."""
+    model, _ = generate.load()
+    needed = sum(weight.nbytes for weight in model.parameters())
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed)
+    assert run("--max-new-tokens", 1)[0] == 0
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(checkpoint_weights, "_read", None)
+    check_error(run(), "the weights need", "--weights int4")

@@ -3,8 +3,10 @@ import io
 import json
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import bench
 import pytest
 import torch
 from calling import ROOT, as_compiled, check_error, run
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 
 import generate
 from kivi import KiviCache
-from program import report
+from program import cli, report
 
 SHORT = ("--temperature", 0, "--max-new-tokens", 5)
 WINDOW = "; all tokens still lie in the exact window"
@@ -237,3 +239,25 @@ def test_a_profile_that_cannot_be_is_refused(arguments, named, tmp_path):
     check_error((code, out, err), named)
     assert out == ""
     check_error(run("--profile", tmp_path / "nowhere" / "trace"), str(tmp_path / "nowhere"))
+
+
+def test_a_profile_goes_where_it_is_told(tmp_path):
+    """Guards against a link that becomes a file, and a full disk of which nothing is said."""
+    (tmp_path / "link").symlink_to("target")
+    arguments = ("--temperature", 0, "--max-new-tokens", 14, "--profile")
+    assert run(*arguments, tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and steps_in(tmp_path / "target") == (10, 10)
+    code, out, err = run(*arguments, "/dev/full")
+    assert code == 2 and err.splitlines()[-1].startswith("error: [Errno 28]")
+    assert "decode steps are in" not in err and Path("/dev/full").is_char_device()
+
+
+def test_wrong_input_leaves_no_empty_file(tmp_path):
+    """Guards against a check that writes, of a profile and of bench.py's result."""
+    for main, option in ((cli.main, "--profile"), (bench.main, "--json")):
+        program = ("decode", "--device", "cpu") if main is bench.main else ("--temperature", -1)
+        run(*program, option, tmp_path / "file", main=main)
+        program = ("memory",) if main is bench.main else ()
+        check_error(run(*program, option, tmp_path, main=main), str(tmp_path), "cannot be written")
+        check_error(run("--checkpoint", tmp_path, option, tmp_path / "file", main=main))
+    assert list(tmp_path.iterdir()) == []

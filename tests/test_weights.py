@@ -1,6 +1,10 @@
 """Quantized linear weights: every form of their product, checkpoints of them, refusals."""
 import json
 import math
+import os
+import stat
+import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from reference import (
     FAMILIES, changed, heldout, make_checkpoint, some_ids, truncated,
 )
 from reference_cache import HALF_EPS, randn, rel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -273,3 +278,130 @@ def test_a_written_checkpoint_is_checked_like_any_other(checkpoint, tmp_path):
     (small / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="meta.*config.json asks for"):
         Transformer.from_pretrained(small)
+
+
+# ---- the writer's surroundings ------------------------------------------------------------------
+
+NAME = "model.layers.0.mlp.down_proj.weight"
+
+
+def copy_of(source, folder):
+    folder.mkdir()
+    return changed(source, folder)
+
+
+def with_weight(source, folder, change):
+    """A copy of a checkpoint, one weight of it changed."""
+    copy_of(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NAME] = change(tensors[NAME]).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def written(folder, out, *more):
+    return run("--checkpoint", folder, "--out", out, *more, main=write.main)
+
+
+@pytest.mark.parametrize("change, named", (
+    (lambda w: w.int(), "torch.int32"), (lambda w: w[:, :0], "(64, 0)"),
+    (lambda w: w[:0], "(0, 96)"), (lambda w: w.to(torch.float8_e8m0fnu), "torch.float8_e8m0fnu"),
+    (lambda w: w.to(torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2")))
+def test_weights_that_are_no_numbers_are_refused(change, named, checkpoint, tmp_path):
+    """By the writer and by the loader. Guards against tracebacks, and exponents without their
+    mantissas that are taken for weights."""
+    folder = with_weight(checkpoint, tmp_path / "full", change)
+    check_error(written(folder, tmp_path / "out"), NAME, named)
+    check_error(run("--checkpoint", folder), NAME, named)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float8_e4m3fn), ids=str)
+def test_wide_and_narrow_numbers_are_quantized_as_float32(dtype, checkpoint, tmp_path):
+    """Guards against a traceback, and other codes than the loader's."""
+    folder = with_weight(checkpoint, tmp_path / "full", lambda w: w.to(dtype))
+    code, _, err = written(folder, tmp_path / "out")
+    assert code == 0, err
+    loaded = Transformer.from_pretrained(tmp_path / "out").state_dict()
+    for name, x in Transformer.from_pretrained(folder, weights="int4").state_dict().items():
+        assert torch.equal(loaded[name], x), name
+
+
+def test_a_failing_writer_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    """Guards against a traceback from a full disk, deep JSON or Ctrl-C, and half a checkpoint."""
+    for name, error, status in (
+            ("_write_json", RecursionError("too deep"), 2),
+            ("save_file", SafetensorError("No space left on device"), 2),
+            ("save_file", KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(write, name, Mock(side_effect=error))
+        code, _, err = written(checkpoint, tmp_path / "out")
+        assert code == status and "Traceback" not in err
+        assert (f"error: {error}" in err) == (status == 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_out_of_the_checkpoint_is_not_copied(checkpoint, tmp_path):
+    """Guards against a secret that gets into a checkpoint for others, and against a refusal of the
+    hub's cache, where every file is a link."""
+    (tmp_path / "secret").write_text("{}")
+    folder = copy_of(checkpoint, tmp_path / "full")
+    (folder / "more.json").symlink_to(tmp_path / "secret")
+    code, _, err = written(folder, tmp_path / "out")
+    assert code == 2 and "more.json is a link" in err and not (tmp_path / "out").exists()
+    (folder / "more.json").unlink()
+    (folder / "more.json").symlink_to("config.json")
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "c0"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--a--b" / "blobs").mkdir()
+    for file in folder.iterdir():
+        blob = snapshot.parents[1] / "blobs" / file.name
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    for source in (folder, snapshot):
+        (tmp_path / f"{source.name}.out").mkdir()  # empty, which is as good as new
+        assert written(source, tmp_path / f"{source.name}.out")[0] == 0
+
+
+# ---- the files of a checkpoint ------------------------------------------------------------------
+
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", "model.safetensors", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_holds_files_alone(name, checkpoint, tmp_path):
+    """A socket, whose opening fails where that of a pipe would wait for ever. Guards against a
+    program, a library call or a writer that hangs."""
+    folder = copy_of(checkpoint, tmp_path / "full")
+    (folder / name).unlink(missing_ok=True)
+    os.mknod(folder / name, stat.S_IFSOCK | 0o600)
+    for result in (run("--checkpoint", folder, "--chat"), written(folder, tmp_path / "out")):
+        check_error(result, name, "a pipe or a device")
+    with pytest.raises(ValueError, match="a pipe or a device"):
+        Transformer.from_pretrained(folder)
+
+
+def test_prompts_may_come_through_a_pipe(tmp_path):
+    """As `<(..)` gives them. Guards against the rule of checkpoints where it does harm."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for option in ("--prompts", "--prompt-file"):
+        writer = threading.Thread(target=pipe.write_text, args=("The sea",))
+        writer.start()
+        code, out, err = run(option, pipe, "--max-new-tokens", 2)
+        writer.join()
+        assert code == 0 and "The sea" in out, err
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path):
+    """Guards against the last of two tensors of one name, and the one of two sets of files."""
+    folder = make_checkpoint(tmp_path / "full", 2)
+    files = sorted(folder.glob("model-*.safetensors"))
+    first, second = map(load_file, files)
+    name = next(name for name in first if "proj" in name)
+    save_file(second | {name: first[name]}, files[1])
+    check_error(run("--checkpoint", folder), name, "twice")
+    save_file(first | second, folder / "model.safetensors")
+    check_error(run("--checkpoint", folder), "model.safetensors", "index")
+    (folder / "model.safetensors.index.json").unlink()
+    assert run("--checkpoint", folder, "--max-new-tokens", 1)[0] == 0
