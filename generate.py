@@ -89,7 +89,8 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
         steps["steps"] = max(0, steps["steps"] - counts["compile_steps"])
         decode_s = time.perf_counter() - begin - counts["compile_s"]
         stats.update(prefill_s=begin - start, decode_s=decode_s,
-                     prefilled=sum(len(row) - held for row in rows), **steps, **counts)
+                     prefilled=sum(len(row) - held for row, limit in zip(rows, limits) if limit),
+                     **steps, **counts)
     out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out
@@ -100,8 +101,7 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
 
 def _counts(decoder):
     """What a decoder counts over all its calls; drafts only if it has any."""
-    names = "compile_s", "compile_steps", "proposed", "accepted"
-    return {name: getattr(decoder, name, 0) for name in names}
+    return {name: getattr(decoder, name, 0) for name in ("compile_s", "compile_steps", "proposed")}
 
 
 def _check(rows, limits, asked, vocab_size, held):
@@ -139,8 +139,8 @@ def _prefill(model, rows, held, sampling):
 
 
 def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
-    """Decodes until every row has ended: the new tokens of each row, and counts: steps, row_steps
-    and row_tokens of `generate`'s stats."""
+    """Decodes until every row has ended: the new tokens of each row, and counts: steps, row_steps,
+    row_tokens and accepted of `generate`'s stats."""
     new = [[] for _ in limits]
     done = [limit == 0 for limit in limits]
     faults, row_steps = [], 0
@@ -171,7 +171,8 @@ def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
             raise ValueError(f"row {row} after {len(new[row])} new tokens: {message}")
         on_fault(row, message)
     row_tokens = sum(len(row[1:]) for row in new)  # the first came from the prefill
-    return new, {"steps": n_steps, "row_steps": row_steps, "row_tokens": row_tokens}
+    return new, {"steps": n_steps, "row_steps": row_steps, "row_tokens": row_tokens,
+                 "accepted": row_tokens - row_steps}  # not those behind the end of a row
 
 
 def _append(row, tokens, limit, stop, until):

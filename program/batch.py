@@ -77,6 +77,8 @@ def answer_all(run, file, batch, past, shares):
     jobs = read_prompts(file, run, past)
     # Of every prompt at least its last token is read.
     shared = commonprefix([job.ids[:-1] for job in jobs]) if shares else []
+    if past.tokens and not run.prefix:  # a prompt reads all behind them at once, as if alone
+        shared = shared[: len(past.tokens)]
     # The longest first: what does not fit shows at once, and rows of a wave have like work.
     queue = sorted(jobs, key=lambda job: -job.length)
     capacity = queue[0].length
