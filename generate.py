@@ -83,14 +83,13 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     if token.is_cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    new, steps = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
+    new, counts = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
     if stats is not None:
-        counts = {name: n - before[name] for name, n in _counts(decoder).items()}
-        steps["steps"] = max(0, steps["steps"] - counts["compile_steps"])
+        counts |= {name: n - before[name] for name, n in _counts(decoder).items()}
+        counts["steps"] = max(0, counts["steps"] - counts["compile_steps"])
+        counts["prefilled"] = sum(len(row) - held for row, n in zip(rows, limits) if n)
         decode_s = time.perf_counter() - begin - counts["compile_s"]
-        stats.update(prefill_s=begin - start, decode_s=decode_s,
-                     prefilled=sum(len(row) - held for row, limit in zip(rows, limits) if limit),
-                     **steps, **counts)
+        stats.update(counts, prefill_s=begin - start, decode_s=decode_s)
     out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out

@@ -287,7 +287,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_file(saved, checkpoint, monkeypat
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_nothing_is_saved_where_nobody_knows_what_the_cache_holds(checkpoint, monkeypatch, tmp_path):
+def test_nothing_is_saved_where_no_answer_was_finished(checkpoint, monkeypatch, tmp_path):
     type_lines(monkeypatch)
     result = run("--checkpoint", checkpoint, "--interactive", "--save-cache", tmp_path / "file")
     check_error(result, "no answer was finished")
