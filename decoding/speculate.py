@@ -17,6 +17,11 @@ from fused.step import DraftStep, compiled_draft_step
 GRAMS = 3, 2  # tokens that must be alike before what followed them is proposed
 
 
+def grams(text, end):
+    """The last tokens before place `end` of a text, more of them first."""
+    return [tuple(text[end - size : end]) for size in GRAMS if size <= end]
+
+
 class Lookup:
     """Drafts for one row: what followed the last tokens when they stood in its text before."""
 
@@ -27,12 +32,12 @@ class Lookup:
     def propose(self, text, n):
         """Up to n tokens that may follow `text`, which begins like that of the call before."""
         for end in range(self.known, len(text)):  # not the last ones: they would find themselves
-            for size in GRAMS:
-                self.ends[tuple(text[max(0, end - size) : end])] = end
+            for gram in grams(text, end):
+                self.ends[gram] = end
         self.known = len(text)
-        for size in GRAMS:
-            end = self.ends.get(tuple(text[len(text) - size :]))
-            if end is not None:
+        for gram in grams(text, len(text)):
+            if gram in self.ends:
+                end = self.ends[gram]
                 return text[end : end + n]
         return []
 
