@@ -117,7 +117,7 @@ class Cache(Buffers):
         returns [B, H, n, D], of no meaning where a row is padded
         raises ValueError: a row is full; wrong shape, dtype, device or length; NaN or inf
         """
-        ends = self.check_new(0, lengths, q=q, k=k, v=v)
+        ends = self.check_new(0, lengths, k=k, v=v, q=q)
         start, held, out = self.pos[:, None, None], self.tokens(self.length), []
         for i in torch.arange(k.shape[2], device=q.device).split(512):  # queries at a time
             own, last = start + i[:, None], int(i[-1]) + 1  # none sees new tokens from `last` on

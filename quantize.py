@@ -195,8 +195,8 @@ def take(x, index):
 
 
 def merge(stored, new, old, bits):
-    """Writes `new` bytes, scales or zeros over `stored` ones, but for `old` tokens.
-    stored, new [B, Hk, stacks or groups, .., ..]; old bool [B, 1, groups, G, 1]"""
+    """Writes `new` bytes, scales or zeros [B, Hk, stacks or groups, .., ..] over `stored` ones, but
+    for those of `old` tokens, bool [B, 1, groups, G, 1]."""
     if new.dtype == torch.uint8:
         fields = (old * (2**bits - 1)).to(torch.uint8).unflatten(2, (-1, 8 // bits))
         stored.copy_(new | stored & pack(fields, bits, 3).squeeze(3))
@@ -393,21 +393,21 @@ class Buffers(nn.Module):
             if state.get(name) != value:
                 raise ValueError(f"the state is of another cache: its {name} is "
                                  f"{state.get(name)}, this one has {value}")
-        lengths, rows = state["lengths"], slice(row, row + len(state["lengths"]))
-        if rows.stop > self.batch or max(lengths) > self.max_len:
-            raise ValueError(f"{len(lengths)} rows of up to {max(lengths)} tokens do not fit a "
+        lengths = state.get("lengths")
+        usable = isinstance(lengths, list) and 0 < len(lengths) <= self.batch - row
+        if not usable or any(n not in range(self.max_len + 1) for n in lengths):
+            raise ValueError(f"rows of lengths {lengths}, from row {row} on, do not fit into a "
                              f"cache of {self.batch} rows and {self.max_len} tokens")
-        places = {}
-        for name, buffer in self.contents().items():
-            if name == "pos":
-                continue
-            x, place = state.get(name), buffer[rows, :, : self.used(name, max(lengths))]
+        rows = slice(row, row + len(lengths))
+        buffers = {name: x[rows] for name, x in self.contents().items() if name != "pos"}
+        places = {name: x[:, :, : self.used(name, max(lengths))] for name, x in buffers.items()}
+        for name, place in places.items():
+            x = state.get(name)
             if not torch.is_tensor(x) or x.shape != place.shape or x.dtype != place.dtype:
                 raise ValueError(f"the state's {name} is missing or damaged")
-            places[name] = place, x
-        for name, (place, x) in places.items():
-            getattr(self, name)[rows] = 0
-            place.copy_(x)
+        for name, place in places.items():
+            buffers[name].zero_()
+            place.copy_(state[name])
         self.set_lengths(lengths, row)
 
 

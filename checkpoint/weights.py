@@ -82,6 +82,10 @@ def weight_files(folder):
         if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
             raise ValueError(f"{index} has no weight_map of file names in its folder: "
                              "download it again")
+    whole = folder / "model.safetensors"
+    if whole.exists() and whole.name not in names.values():
+        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
+                         "remove the one that is not meant")
     files = {}
     for file in [folder / name for name in sorted(set(names.values()))]:
         if not file.is_file():
@@ -98,10 +102,6 @@ def weight_files(folder):
                     raise ValueError(f"{folder} holds {name} twice, once in {file.name}: "
                                      "download it again")
                 files[name] = file
-    whole = folder / "model.safetensors"
-    if whole.exists() and whole not in files.values():
-        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
-                         "remove the one that is not meant")
     return files
 
 

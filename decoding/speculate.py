@@ -17,6 +17,11 @@ from fused.step import DraftStep, compiled_draft_step
 GRAMS = 3, 2  # tokens that must be alike before what followed them is proposed
 
 
+def grams(text, end):
+    """The last tokens before place `end` of a text, more of them first."""
+    return [tuple(text[end - size : end]) for size in GRAMS if size <= end]
+
+
 class Lookup:
     """Drafts for one row: what followed the last tokens when they stood in its text before."""
 
@@ -27,12 +32,12 @@ class Lookup:
     def propose(self, text, n):
         """Up to n tokens that may follow `text`, which begins like that of the call before."""
         for end in range(self.known, len(text)):  # not the last ones: they would find themselves
-            for size in GRAMS:
-                self.ends[tuple(text[max(0, end - size) : end])] = end
+            for gram in grams(text, end):
+                self.ends[gram] = end
         self.known = len(text)
-        for size in GRAMS:
-            end = self.ends.get(tuple(text[len(text) - size :]))
-            if end is not None:
+        for gram in grams(text, len(text)):
+            if gram in self.ends:
+                end = self.ends[gram]
                 return text[end : end + n]
         return []
 
@@ -43,7 +48,7 @@ class Lookups:
     def begin(self, rows):
         self.rows = [Lookup() for _ in rows]
 
-    def __call__(self, texts, most):
+    def __call__(self, texts, lengths, most):
         return [row.propose(text, n) for row, text, n in zip(self.rows, texts, most)]
 
 
@@ -59,16 +64,15 @@ class SmallModel:
         padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
         self.decoder.model.prefill(torch.tensor(padded, device=self.decoder.token.device), lengths)
 
-    def __call__(self, texts, most):
+    def __call__(self, texts, lengths, most):
         cache, drafts = self.decoder.model.cache, []
-        cache.set_lengths([len(text) - 1 for text in texts])  # what was wrong is overwritten
+        cache.set_lengths(lengths)  # what was wrong is overwritten
         self.decoder.token.copy_(torch.tensor([text[-1:] for text in texts]))
         # One more than are drafted, so that the cache holds them all.
         for _ in range(min(max(most) + 1, cache.max_len - cache.length)):
             self.decoder()
             drafts.append(self.decoder.token.clone())
-        rows = torch.cat(drafts, 1).tolist()
-        return [row[:n] for row, n in zip(rows, most)]
+        return [row[:n] for row, n in zip(torch.cat(drafts, 1).tolist(), most)]
 
 
 def speculator(model, token, n_drafts, small=None, **sampling):
@@ -87,7 +91,8 @@ class Speculator(Decoder):
     """Steps of `model` that verify drafts, otherwise as `Decoder`.
 
     n       tokens of a row that a step reads, of which n - 1 are drafts
-    propose Lookups or SmallModel: called with the texts so far and how many drafts rows can use
+    propose Lookups or SmallModel: called with the texts so far, how many tokens of each are in the
+            cache, and how many drafts it can use
     """
 
     def __init__(self, model, token, n, propose, graphs=None, **sampling):
@@ -125,7 +130,7 @@ class Speculator(Decoder):
         if cache.length >= cache.max_len:
             cache.advance()  # refuses
         most = [0 if ended else self.most(row) for row, ended in enumerate(done)]
-        drafts = self.propose(self.texts, most)
+        drafts = self.propose(self.texts, cache.lengths, most)
         rows = [text[-1:] + more for text, more in zip(self.texts, drafts)]
         padded = [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]
         self.input.copy_(torch.tensor(padded))
@@ -172,11 +177,11 @@ class Speculator(Decoder):
         """Logits [B, n, V] behind each of the tokens [B, n], and K and V of every layer."""
         model, step, pos = self.model, self.step, self.model.cache.pos
         x, cos, sin = step.start(model, tokens, pos)
-        q, k, v = step.before(model.layers[0], x, cos, sin)
+        q, k, v, left = step.before(model.layers[0], x, cos, sin, pos)
         drafts = [(k, v)]
         for layer, following in pairwise(model.layers):
-            y = step.attend(layer.cache, q, pos, t, k, v)
-            x, q, k, v = step.between(layer, following, x, y, cos, sin)
+            y = step.attend(layer.cache, q, pos, t, k, v, left)
+            x, q, k, v, left = step.between(layer, following, x, y, cos, sin, pos)
             drafts.append((k, v))
-        y = step.attend(model.layers[-1].cache, q, pos, t, k, v)
+        y = step.attend(model.layers[-1].cache, q, pos, t, k, v, left)
         return step.last(model.layers[-1], model.norm, model.head, x, y), drafts

@@ -128,7 +128,7 @@ def packed_scores(cache, rows, n_blocks):
     scale = first(cache.k_scale, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
     zero = first(cache.k_zero, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
     if rows.dtype == torch.float32:
-        zero = zero + scale * middle(bits, cache.config.boosted(D), D, zero.device)
+        zero = zero + scale.float() * middle(bits, cache.config.boosted(D), D, zero.device)
     zero = zero.flatten(3, 5).to(rows.dtype)  # [B, Hk, nb, U * P, D]
     if cache.config.boost:
         rows, scale = by_column(cache, rows, scale)
@@ -213,7 +213,7 @@ def packed_values(cache, p, n_blocks, half):
     if half:
         p = [stored(x.to(torch.float16)) for x in p]
     # In float32: these sums largely cancel those of the codes.
-    zero = zero.float() if half else zero + scale * (2**bits - 1) / 2
+    zero = zero.float() if half else zero + scale.float() * (2**bits - 1) / 2
     of_zero = [sum(x * zero[:, :, :, a, g, None] for a, x in enumerate(p)).sum(-1)
                for g in range(zero.shape[4])]
     of_zero = torch.stack(of_zero, 3)  # [B, Hk, nb, D / G, M]

@@ -17,9 +17,9 @@ from kivi import FullCache
 from quantize import dequantize, take, value_codes
 
 
-def drafted(cache, q, pos, t, k, v):
+def drafted(cache, q, pos, t, k, v, left):
     """q [B, H, n, D] of drafts k, v [B, Hk, n, D] from token pos [B] on -> [B, H, n, D], over the
-    tokens t (see `Cache.tokens`)."""
+    tokens t (see `Cache.tokens`); left is what `leaving` returns."""
     now = pos[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, n]
     out = []
     for heads in cache.portions(len(t)):
@@ -28,8 +28,7 @@ def drafted(cache, q, pos, t, k, v):
         tokens = t.expand(len(q), -1).masked_fill(t >= pos[:, None], -1)
         parts = [(tokens, held_k, held_v)]
         if not isinstance(cache, FullCache):
-            left, values = leaving(cache, pos, q.shape[2], heads)
-            parts.append((left, take(held_k, left), values))
+            parts.append((left[0], take(held_k, left[0]), left[1][:, heads]))
         parts.append((now, k[:, heads], v[:, heads]))
         tokens = torch.cat([x[0] for x in parts], 1)
         keys, values = (torch.cat([x[i].to(held_k.dtype) for x in parts], 2) for i in (1, 2))
@@ -40,7 +39,7 @@ def drafted(cache, q, pos, t, k, v):
     return torch.cat(out, 1).reshape(q.shape).to(q.dtype)
 
 
-def fused_drafted(cache, q, pos, starts, k, v):
+def fused_drafted(cache, q, pos, starts, k, v, left):
     """The same over packed codes, see fused/attention.py: starts [nb]."""
     rows = query_rows(cache, q)  # [B, Hk, M n, D]
     n, D = q.shape[2:]
@@ -51,23 +50,26 @@ def fused_drafted(cache, q, pos, starts, k, v):
     t = slot_tokens(cache.config, pos)  # [B, slots]
     t = torch.where(t == now[:, :1], -1, t)  # the slot of the first draft is still another's
     recent = window_scores(cache, rows, scores, pos, t)
-    left, old = leaving(cache, pos, n, slice(None))
-    slot = cache.slot(left.clamp(min=0))[:, None, None].expand(-1, *rows.shape[1:3], -1)
+    slot = cache.slot(left[0].clamp(min=0))[:, None, None].expand(-1, *rows.shape[1:3], -1)
     new = product((rows, k.to(rows.dtype), D**-0.5))
     recent = torch.cat([recent, recent.gather(3, slot), new], 3)
-    seen = seen_of(cache, torch.cat([t, left, now], 1), now, n, rows.shape[2])
-    values = torch.cat([x.to(rows.dtype) for x in (cache.v_window, old, v)], 2)
+    seen = seen_of(cache, torch.cat([t, left[0], now], 1), now, n, rows.shape[2])
+    values = torch.cat([x.to(rows.dtype) for x in (cache.v_window, left[1], v)], 2)
     window = softmax_of(recent.masked_fill(~seen[:, None], NEVER), values)
     return joined(blocks, window).view(q.shape).to(q.dtype)
 
 
-def leaving(cache, pos, n, heads):
+def leaving(cache, pos, n):
     """Tokens [B, n] whose values leave the window while n drafts come from pos on, -1 where there
-    is none, and these values [B, heads, n, D] as they will be read."""
+    is none, and these values [B, Hk, n, D] as they will be read. None for a full cache.
+
+    Apart from the fused attention, because these codes must be those of the cache, bit for bit.
+    """
+    if isinstance(cache, FullCache):
+        return None
     c = cache.config
     t = pos[:, None] - c.residual + torch.arange(n, device=pos.device)
-    x = take(cache.v_window[:, heads], cache.slot(t.clamp(min=0)))
-    codes, scale, zero = value_codes(x, c)
+    codes, scale, zero = value_codes(take(cache.v_window, cache.slot(t.clamp(min=0))), c)
     kind = cache.v_scale.dtype
     values = dequantize(codes, scale.to(kind).float(), zero.to(kind).float())
     return torch.where(t < c.sink, -1, t), values

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from fused.attention import compiled_attention
-from fused.drafts import drafted, fused_drafted
+from fused.drafts import drafted, fused_drafted, leaving
 from fused.full import compiled_full_attention
 from fused.linear_launches import SMALL, compiled_weights
 from kivi import FullCache, KiviCache, quantize_groups
@@ -67,14 +67,15 @@ class Step:
     flush: callable = flush
 
 
-def before_drafts(layer, x, cos, sin):
-    """q, k, v of drafts x [B, n, dim], which stay outside the cache."""
-    return layer.attention.qkv(layer.attention_norm(x), cos, sin)
+def before_drafts(layer, x, cos, sin, pos):
+    """q, k, v of drafts x [B, n, dim], which stay outside the cache, and what `leaving` returns."""
+    q, k, v = layer.attention.qkv(layer.attention_norm(x), cos, sin)
+    return q, k, v, leaving(layer.cache, pos, x.shape[1])
 
 
-def between_drafts(layer, following, x, y, cos, sin):
+def between_drafts(layer, following, x, y, cos, sin, pos):
     x = layer.after(x, y)
-    return x, *before_drafts(following, x, cos, sin)
+    return x, *before_drafts(following, x, cos, sin, pos)
 
 
 def last_drafts(layer, norm, head, x, y):
@@ -131,7 +132,13 @@ def compiled_step(config, device):
 def compiled_draft_step(config, device):
     """The functions of a `DraftStep`, compiled for `device`."""
     compiled, linear = compiling(config, device)
-    attend = compiled_attention(device, fused_drafted, drafted)
+    attention = compiled_attention(device, fused_drafted, drafted)
+
+    def attend(cache, q, pos, t, k, v, left):
+        for x in (q, k, v):  # else a second number of drafts would be compiled as any number
+            torch._dynamo.mark_static(x, 2)
+        return attention(cache, q, pos, t, k, v, left)
+
     return DraftStep(compiled(start), linear(before_drafts), attend, linear(between_drafts),
                      linear(last_drafts), compiled(commit))
 

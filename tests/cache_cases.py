@@ -31,7 +31,7 @@ CASES = {  # name: (H, Hk, D, options)
     "boosted, sliding over sinks": (2, 1, 32, dict(
         group_size=16, residual=32, sink=5, sliding=50, boost=8)),
     "all at once": (2, 2, 32, dict(k_bits=4, group_size=16, residual=32, sink=5, sliding=90,
-                                   v_group_size=8)),
+                                   boost=8, v_group_size=8)),
 }
 BOOSTED = tuple(name for name in CASES if "boost" in CASES[name][3])
 SHAPES = CASES | {"full": (4, 2, 32, {}), "full, sliding": (4, 2, 32, dict(sliding=20))}

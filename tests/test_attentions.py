@@ -23,10 +23,10 @@ EVERY_CASE = [
 ]
 
 # How far the fused attention may exceed 1.1 times the error of the plain one, in half eps of the
-# dtype. In half precision that is the rounding of the result. In float32 the fused form computes
-# every score and every sum in two shares, of codes and of zeros, that largely cancel: up to 55 half
-# eps were seen, of long rows of values without a mean. 1e-5 would be 168.
-SLACK = {torch.float32: 96, torch.bfloat16: 1, torch.float16: 1}
+# dtype. In half precision that is the rounding of the result. In float32 it is that of the scores,
+# which softmax turns into a relative error: 75 half eps were seen where scores reach 1,947, whose
+# own rounding is 1,000 half eps, 37 where they reach 76, elsewhere at most 22.
+SLACK = {torch.float32: 80, torch.bfloat16: 1, torch.float16: 1}
 
 
 def check_attentions(name, dtype, attend, lengths, calm):

@@ -17,7 +17,10 @@ from test_attentions import Layer
 from test_weights import quantized_linear
 
 import generate
+from decoding.decoder import Decoder
 from fused.attention import compiled_attention
+from fused.drafts import drafted, fused_drafted, leaving
+from fused.full import compiled_full_attention
 from fused.linear_launches import compiled_weights
 from fused.step import compiled_quantizer, compiled_step
 from kivi import FullCache, KiviCache
@@ -121,8 +124,61 @@ def test_attention_of_a_full_cache(n_heads, sliding, fresh_compiler):
     k, v = (randn(3, 2, 900, 128, seed=i, dtype=dtype).to(DEVICE) for i in (1, 2))
     cache = FullCache(3, 2, 1024, 128, sliding=sliding, dtype=dtype, device=DEVICE)
     cache.prefill(k, v, (1, 60, 900))
-    for attend in (FullCache.attend, compiled_attention(DEVICE)):
-        assert max(errors(cache, q, attend(cache, q), sliding)) <= 4e-3
+    full = compiled_full_attention()
+    for out in (cache.attend(q), full(cache, q, cache.pos - 1, cache.tokens(900))):
+        assert max(errors(cache, q, out, sliding)) <= 4e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ("paper", "small window", "K 4 V 2", "40 sinks", "D 80",
+                                  "sliding over sinks", "boosted, 4 sinks, values of 64", "full"))
+@torch.no_grad()
+def test_attention_of_drafts_is_that_of_their_own_steps(name, dtype, fresh_compiler):
+    """Seven drafts: each is as close to the truth of its own step as that step. Guards against a
+    value that is read exactly after it has left the window, or twice, and against a launch for
+    other shapes than those of drafts."""
+    lengths = (21, 196, 576, 992)  # no key block ends within seven tokens
+    q, cache = filled(name, dtype, lengths)
+    heads, Hk, D, options = SHAPES[name]
+    queries = randn(4, heads, 7, D, seed=5, dtype=dtype).to(DEVICE)
+    k, v = (randn(4, Hk, 7, D, seed=i, dtype=dtype).to(DEVICE) for i in (6, 7))
+    attend = compiled_attention(DEVICE, fused_drafted, drafted)
+    before = {n: x.clone() for n, x in cache.named_buffers()}
+    left = leaving(cache, cache.pos, 7)
+    out = attend(cache, queries, cache.pos, cache.tokens(cache.length), k, v, left)
+    assert all(torch.equal(x, before[n]) for n, x in cache.named_buffers())
+    for i in range(7):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        q = queries[:, :, i : i + 1]
+        plain = errors(cache, q, cache.attend(q), options.get("sliding"))
+        limits = [1.1 * error + HALF_EPS[dtype] for error in plain]
+        found = errors(cache, q, out[:, :, i : i + 1], options.get("sliding"))
+        assert all(error <= limit for error, limit in zip(found, limits)), (i, found, limits)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize("name", ("paper", "boosted, 4 sinks, values of 64", "all at once"))
+@torch.no_grad()
+def test_attention_extends_to_the_same_bytes(name, dtype):
+    """Guards against an order of operations that only a GPU sees: bytes read after they are
+    overwritten."""
+    heads, Hk, D, _ = SHAPES[name]
+    q, k, v = (x.to(DEVICE) for x in make_tokens(name, 2, 400, dtype))
+    cache = make_cache(name, 2, 512, dtype)
+    first = lengths = [3, 90]
+    fill(cache, k, v, first)
+    for new in ([40, 1], [1, 0], [130, 200], [5, 7]):
+        n = max(new)
+        parts = [torch.stack([x[b, :, end : end + n] for b, end in enumerate(lengths)])
+                 for x in (k, v)]
+        out = cache.extend(q.expand(-1, -1, n, -1).contiguous(), *parts, new)
+        assert torch.isfinite(out).all()
+        lengths = [end + more for end, more in zip(lengths, new)]
+    for b, (start, end) in enumerate(zip(first, lengths)):
+        alone = make_cache(name, 1, 512, dtype)
+        fill(alone, k[b : b + 1], v[b : b + 1], [start], end - start)
+        for buffer, x in alone.contents().items():
+            assert torch.equal(x[0], cache.contents()[buffer][b]), buffer
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
@@ -169,6 +225,23 @@ def test_program_decodes_compiled_as_eager(checkpoint, options, fresh_compiler):
     assert torch.equal(generate.generate(net, prompt, 256, stop=(), **options), eager)
 
 
+@pytest.mark.parametrize("options", ({"kv": "bf16"}, SMALL, {"kv": "kivi2+"}),
+                         ids=("bf16", "kivi2", "kivi2+"))
+def test_program_speculates_to_the_same_text(checkpoint, options, fresh_compiler):
+    """200 greedy tokens, float32, compiled, in CUDA graphs: looked up, and by a draft model that is
+    the model itself. Guards against a capture that accepts drafts and so loses values, and against
+    a block of keys that is never quantized."""
+    prompt = [some_ids(12) * 4, some_ids(9, seed=1)]
+    net, small = (Transformer.from_pretrained(checkpoint, DEVICE) for _ in range(2))
+    want = generate.generate(net, prompt, 200, stop=(), **options)
+    net.compile()
+    for draft in (None, small):
+        stats = {}
+        assert generate.generate(net, prompt, 200, stop=(), speculate=5, draft=draft, stats=stats,
+                                 **options) == want
+    assert stats["steps"] + stats["compile_steps"] < 120, "the model does not accept its own drafts"
+
+
 def test_program_shares_graphs_between_waves(checkpoint, fresh_compiler):
     """Guards against a graph that replays the tokens or lengths of the wave that captured it, and
     against capturing anew in every wave."""
@@ -180,7 +253,7 @@ def test_program_shares_graphs_between_waves(checkpoint, fresh_compiler):
     net.compile()
     net.setup_caches(3, 160, **SMALL)
     token = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
-    decoder = generate.Decoder(net, token, temperature=0.0)
+    decoder = Decoder(net, token, temperature=0.0)
     seen = []
     for wave, want in zip(waves, eager):
         assert generate.generate(net, wave, limits, stop=(), decoder=decoder) == want

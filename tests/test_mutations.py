@@ -9,6 +9,7 @@ import test_kivi
 import torch
 from kivi import KiviCache, KVConfig
 from reference_cache import DTYPES, randn
+from test_extend import check_queries, check_splits
 
 BOOSTED = "boosted, 4 sinks, values of 64"
 MUTATIONS = []
@@ -227,6 +228,37 @@ def test_the_checks_notice(owner, attribute, name, mutation, monkeypatch):
     monkeypatch.setattr(owner, attribute, lambda *args: mutation(original, *args))
     with pytest.raises(AssertionError):
         test_kivi.check_cache(name, every=8)
+
+
+def extend_first(original, cache, q, k, v, lengths):
+    """Attends to new tokens as the cache will hold them, not exactly."""
+    cache.fill(k, v, cache.pos, cache.pos + torch.tensor(lengths))
+    return original(cache, q, k, v, lengths)
+
+
+@pytest.mark.parametrize("owner, name, mutation", (
+    (KiviCache, "pick", lambda original, cache, name, x, t, starts, rows:
+        qz.take(x, t.expand(len(x), -1) - starts)),  # the window is forgotten
+    (kivi, "merge", lambda original, stored, new, old, bits:
+        original(stored, new, old & False, bits)),  # codes beside the new ones are lost
+    (KiviCache, "choose", lambda original, cache, groups, chosen, rows=slice(None):
+        original(cache, groups, chosen | True, rows)),  # channels are chosen anew
+    (KiviCache, "seen", lambda original, cache, pos, t: t <= pos + 1),  # a token from the future
+    (KiviCache, "attention", lambda original, cache, q, pos, t, seen=None, beside=None:
+        original(cache, q, pos + 1, t, seen, beside)),  # the past as the next step reads it
+    (KiviCache, "extend", extend_first),
+), ids=lambda x: x if isinstance(x, str) else "")
+def test_the_checks_of_extend_notice(owner, name, mutation, monkeypatch):
+    """One of the checks of tests/test_extend.py must fail under each of these bugs."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: mutation(original, *args))
+    failed = 0
+    for check, argument in ((check_splits, 3), (check_queries, torch.float32)):
+        try:
+            check(BOOSTED, argument)
+        except AssertionError:
+            failed += 1
+    assert failed
 
 
 @pytest.mark.parametrize("mutation", ("none", "floor", "half up", "wrong top", "unrounded scale"))

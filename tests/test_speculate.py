@@ -1,0 +1,183 @@
+"""Several tokens a step: drafts, what they attend to, and texts that must be those without them."""
+from collections import Counter
+
+import pytest
+import torch
+from cache_cases import (
+    CASES, SHAPES, assert_same, fill, make_cache, make_tokens, row_state, state,
+)
+from reference import SMALL, some_ids
+from reference_cache import HALF_EPS, randn, rel
+
+import generate
+from decoding.speculate import Lookup, Lookups, Speculator, speculator
+from fused.attention import compiled_attention
+from fused.drafts import drafted, fused_drafted, leaving
+from fused.step import commit
+from model import Transformer
+
+HELD = (1, 25, 100, 192)  # tokens; five more complete no key block before the last, for any R
+
+
+def some_drafts(name, dtype):
+    """(cache, queries, k, v) of five drafts a row, and K and V of what the cache holds."""
+    q, k, v = make_tokens(name, 4, 240, dtype)
+    cache = make_cache(name, 4, 300, dtype)
+    fill(cache, k, v, HELD)
+    queries = randn(4, q.shape[1], 5, q.shape[3], seed=7, dtype=dtype)
+    k, v = (torch.stack([x[b, :, n : n + 5] for b, n in enumerate(HELD)]) for x in (k, v))
+    return cache, queries, k, v
+
+
+def check_drafts(name, dtype, attend):
+    cache, q, k, v = some_drafts(name, dtype)
+    before = state(cache)
+    left = leaving(cache, cache.pos, 5)
+    out = attend(cache, q, cache.pos, cache.tokens(cache.length), k, v, left)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert_same(state(cache), before)
+    for i in range(5):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        for b, want in enumerate(cache.attend(q[:, :, i : i + 1])):
+            assert rel(out[b, :, i], want[:, 0]) <= 1e-5 + 2 * HALF_EPS[dtype], (b, i)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_draft_sees_what_its_own_step_would_see(name, dtype):
+    """Guards against a value that is read exactly after it has left the window, or twice, or not at
+    all, and against drafts that see those behind them."""
+    check_drafts(name, dtype, drafted)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_form_is_the_same(name, monkeypatch):
+    """Uncompiled; tests/test_cuda.py has it compiled."""
+    monkeypatch.setattr(torch, "compile", lambda form, **options: form)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_drafts(name, dtype, compiled_attention("cpu", fused_drafted, drafted))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_accepted_drafts_are_committed_as_single_tokens(name):
+    """Rows accept different numbers. Guards against a row that takes more than it accepted, and
+    against a value that gets no codes because its step was skipped."""
+    cache, _, k, v = some_drafts(name, torch.float32)
+    accepted = torch.tensor([1, 5, 3, 4])
+    commit(cache, k, v, cache.pos, accepted)
+    cache.set_lengths([n + more for n, more in zip(HELD, accepted.tolist())])
+    _, k, v = make_tokens(name, 4, 240)
+    for b, (n, more) in enumerate(zip(HELD, accepted.tolist())):
+        alone = make_cache(name, 1, 300)
+        fill(alone, k[b : b + 1], v[b : b + 1], [n], more)
+        assert_same(row_state(alone, 0), row_state(cache, b))
+
+
+def test_a_lookup_proposes_what_followed_last():
+    lookup = Lookup()
+    text = [1, 2, 3, 4, 9, 2, 3, 5, 7, 8]
+    assert lookup.propose(text, 4) == []  # 7, 8 are new
+    text += [2, 3]
+    assert lookup.propose(text, 3) == [5, 7, 8]  # after 2, 3 for the second time
+    text += [4]
+    assert lookup.propose(text, 2) == [9, 2]  # 2, 3, 4 goes before the shorter 3, 4
+    assert lookup.propose(text + [1, 1], 2) == []
+    assert Lookup().propose([5], 3) == [] == Lookup().propose([5, 5], 3)
+    assert Lookup().propose([5, 5, 5, 5, 5], 3) == [5]
+
+
+OPTIONS = ({"kv": "bf16"}, SMALL, SMALL | {"kv": "kivi2+"}, SMALL | {"kv": "k4v2"})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=("bf16", "kivi2", "kivi2+", "k4v2"))
+@pytest.mark.parametrize("speculate", (1, 4, 15))
+def test_the_text_is_the_one_without_drafts(model, options, speculate):
+    """Rows that repeat themselves and rows that do not, over many key blocks. Guards against a
+    draft behind the end of its block, a block that is never quantized, and a row that goes on with
+    another one's drafts."""
+    prompts = [some_ids(9) * 4, some_ids(23, seed=1), some_ids(3, seed=2) * 7]
+    limits = [110, 40, 90]
+    want = generate.generate(model, prompts, limits, stop=(), **options)
+    stats, ended = {}, {}
+    found = generate.generate(model, prompts, limits, stop=(), speculate=speculate, stats=stats,
+                              on_row=lambda row, new: ended.update({row: new}), **options)
+    assert found == want
+    assert [ended[row] for row in range(3)] == [x[len(p):] for x, p in zip(want, prompts)]
+
+
+def test_drafts_that_are_right_save_steps(model):
+    """The model as its own draft model. Guards against drafts that are thrown away: every step
+    brings five tokens. With a packed cache the two models differ, and the text is the packed one's."""
+    prompt = [some_ids(40)]
+    want = generate.generate(model, prompt, 121, stop=(), kv="bf16")
+    draft = Transformer(model.config)
+    draft.load_state_dict(model.state_dict())
+    draft.set_rope()
+    stats = {}
+    found = generate.generate(model, prompt, 121, stop=(), speculate=4, draft=draft.eval(),
+                              stats=stats, kv="bf16")
+    assert found == want and stats["steps"] == 24
+    want = generate.generate(model, prompt, 121, stop=(), **SMALL)
+    assert generate.generate(model, prompt, 121, stop=(), speculate=4, draft=draft, **SMALL) == want
+    small = Transformer(model.config)
+    small.config.vocab_size += 1
+    with pytest.raises(ValueError, match="tokenizer"):
+        speculator(model, torch.zeros(1, 1, dtype=torch.int64), 4, small)
+
+
+def test_the_text_may_fill_the_caches(model):
+    """Guards against drafts beyond the capacity."""
+    prompt = [some_ids(10) * 3]
+    model.setup_caches(1, 70, **SMALL)
+    want = generate.generate(model, prompt, 40, stop=())
+    assert generate.generate(model, prompt, 40, stop=(), speculate=6) == want
+
+
+class Stubborn(Lookups):
+    """Drafts that are always the same."""
+
+    def __call__(self, texts, lengths, most):
+        return [self.drafts[:n] for n in most]
+
+
+def test_sampled_texts_keep_their_distribution(model):
+    """4,000 texts of three sampled tokens with two drafts that are right in some of them, against
+    the exact probabilities. Guards against drafts that are accepted too often, and against a token
+    behind a refused draft that is drawn from the whole distribution once more."""
+    torch.manual_seed(0)
+    ids, rows = some_ids(12), 400
+    sampling = {"temperature": 1.5, "top_k": 2}
+
+    def probabilities(text):
+        logits, tokens = model(torch.tensor([text]))[0, -1].topk(2)
+        return dict(zip(tokens.tolist(), (logits / 1.5).softmax(0).tolist()))
+
+    exact = {}
+    for first, p1 in probabilities(ids).items():
+        for second, p2 in probabilities([*ids, first]).items():
+            for third, p3 in probabilities([*ids, first, second]).items():
+                exact[first, second, third] = p1 * p2 * p3
+    likely = max(exact, key=exact.get)
+    model.setup_caches(rows, 40, "bf16")
+    propose = Stubborn()
+    propose.drafts = list(likely[1:])
+    token = torch.zeros(rows, 1, dtype=torch.int64)
+    decoder = Speculator(model, token, 3, propose, **sampling)
+    found = Counter()
+    for _ in range(10):
+        texts = generate.generate(model, [ids] * rows, 3, stop=(), decoder=decoder)
+        found.update(tuple(text[len(ids):]) for text in texts)
+    assert set(found) <= set(exact)
+    n = sum(found.values())
+    chi2 = sum((found[x] - n * p) ** 2 / (n * p) for x, p in exact.items())
+    assert chi2 < 24.3, (chi2, found, exact)  # 7 degrees of freedom: one in 1,000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=("bf16", "kivi2", "kivi2+"))
+def test_the_compiled_text_is_the_same(checkpoint, options, fresh_compiler):
+    net = Transformer.from_pretrained(checkpoint)
+    prompts = [some_ids(9) * 4, some_ids(23, seed=1)]
+    want = generate.generate(net, prompts, 60, stop=(), **options)
+    net.compile()
+    assert generate.generate(net, prompts, 60, stop=(), speculate=4, **options) == want
