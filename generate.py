@@ -100,7 +100,8 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
 
 def _counts(decoder):
     """What a decoder counts over all its calls; drafts only if it has any."""
-    return {name: getattr(decoder, name, 0) for name in ("compile_s", "compile_steps", "proposed")}
+    names = "compile_s", "compile_steps", "proposed", "accepted"
+    return {name: getattr(decoder, name, 0) for name in names}
 
 
 def _check(rows, limits, asked, vocab_size, held):
@@ -139,7 +140,7 @@ def _prefill(model, rows, held, sampling):
 
 def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
     """Decodes until every row has ended: the new tokens of each row, and counts: steps, row_steps,
-    row_tokens and accepted of `generate`'s stats."""
+    and row_tokens of `generate`'s stats."""
     new = [[] for _ in limits]
     done = [limit == 0 for limit in limits]
     faults, row_steps = [], 0
@@ -170,8 +171,7 @@ def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
             raise ValueError(f"row {row} after {len(new[row])} new tokens: {message}")
         on_fault(row, message)
     row_tokens = sum(len(row[1:]) for row in new)  # the first came from the prefill
-    return new, {"steps": n_steps, "row_steps": row_steps, "row_tokens": row_tokens,
-                 "accepted": row_tokens - row_steps}  # not those behind the end of a row
+    return new, {"steps": n_steps, "row_steps": row_steps, "row_tokens": row_tokens}
 
 
 def _append(row, tokens, limit, stop, until):

@@ -107,11 +107,12 @@ class Past:
     def respelled(self, ids):
         """`ids`, or the same text with the tokens that are held in front: those that a model writes
         are not always the tokenizer's own for that text."""
+        if ids[: len(self.tokens)] == self.tokens:
+            return ids
         decode = partial(self.run.tokenizer.decode, skip_special_tokens=False)
         held = decode(self.tokens)
         n = bisect_left(range(len(ids)), len(held), key=lambda n: len(decode(ids[:n])))
-        same = ids[: len(self.tokens)] != self.tokens and decode(ids[:n]) == held
-        return self.tokens + ids[n:] if same else ids
+        return self.tokens + ids[n:] if decode(ids[:n]) == held else ids
 
     def keep(self, ids):
         """How many first tokens of `ids` need not be read: at least the last one must."""
@@ -132,9 +133,11 @@ class Past:
             states = self.states or [layer.cache.state() for layer in model.layers if self.tokens]
             tensors = [x for state in states for x in state.values() if torch.is_tensor(x)]
             budget = Budget(run, n_prompt, sum(x.nbytes for x in tensors))
-            self.decoder = run.decoder(1, self.capacity(exact, budget))
+            capacity = self.capacity(exact, budget)
+            tokens = self.forget()  # an interrupt may come before all is there
+            self.decoder = run.decoder(1, capacity)
             load_states(model, states)
-            self.states = []
+            self.tokens = tokens
         if kept < len(self.tokens):
             model.cache.set_lengths([kept])
 
@@ -146,10 +149,16 @@ class Past:
             tell(budget.table(1, capacity))
         return capacity
 
+    def forget(self):
+        """Lets the next text begin with new caches; returns the tokens that these hold."""
+        tokens, self.tokens, self.states, self.decoder = self.tokens, [], [], None
+        return tokens
+
     def generate(self, ids, new_tokens, kept, **options):
         """`generate.generate` behind the tokens that are kept; the caches then hold the new text.
         After an interrupt nobody knows what they hold."""
-        decoder, self.tokens, self.decoder = self.decoder, [], None
+        decoder = self.decoder
+        self.forget()
         model = self.run.model
         (out,) = generate.generate(model, [ids], new_tokens, decoder=decoder, held=kept, **options)
         text = decoder.texts[0] if self.run.speculate else out  # drafts may go beyond the end
