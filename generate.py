@@ -8,6 +8,8 @@ if __name__ == "__main__":
     console.begin()  # importing the rest takes a second, and can fail
 
 import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 
 import torch
@@ -34,7 +36,16 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weig
     return Transformer.from_pretrained(folder, device, dtype, weights, progress, ranks), tokenizer
 
 
-@torch.no_grad()
+@contextmanager
+def surroundings(model):
+    """What a model needs of the process: no gradients, no autocast (a cache holds one dtype), and
+    its own GPU as the current one, to which streams and graphs belong."""
+    device = model.embed.weight.device
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), gpu:
+        yield
+
+
 def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_p=None, kv=None,
              stop=None, on_token=None, on_row=None, on_fault=None, stats=None, decoder=None, held=0,
              speculate=0, draft=None, **options):
@@ -50,46 +61,45 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     on_row          called with (row, its new tokens) as soon as a row ends
     on_fault        called with (row, message) if the model computes NaN or inf there, which ends
                     the row; None: a ValueError, when the others have ended
-    stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens) and steps;
-                    compile_s and compile_steps, which those do not count: steps that compiled or
-                    were captured; with `speculate` proposed and accepted (drafts)
+    stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens), steps, and
+                    the `counts` of the decoder; steps that compiled count only there
     decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid;
                     it brings its own sampling
     held            so many first tokens of every prompt are in the caches that are there
-    speculate       so many drafts a step are verified at once (decoding/speculate.py), looked up in
-                    the text or by `draft`, a smaller Transformer with the same tokenizer
+    speculate       so many drafts a step are verified (decoding/speculate.py), looked up in the
+                    text or by `draft`, a smaller Transformer with the same tokenizer
     returns         the form of `tokens`, prompt included: [B, L + n], where an early row repeats
                     its last token, or lists
     raises          ValueError: prompts or numbers that cannot be, more tokens than the caches hold
     """
-    ragged = not torch.is_tensor(tokens)
-    rows = [list(row) for row in tokens] if ragged else tokens.tolist()
-    single = isinstance(max_new_tokens, int)
-    limits = [max_new_tokens] * len(rows) if single else list(max_new_tokens)
-    _check(rows, limits, max_new_tokens, model.config.vocab_size, held)
-    _make_room(model, rows, limits, kv, options, held)
-    stop = set(model.config.eos if stop is None else stop)
+    with surroundings(model):
+        ragged = not torch.is_tensor(tokens)
+        rows = [list(row) for row in tokens] if ragged else tokens.tolist()
+        single = isinstance(max_new_tokens, int)
+        limits = [max_new_tokens] * len(rows) if single else list(max_new_tokens)
+        _check(rows, limits, max_new_tokens, model.config.vocab_size, held)
+        _make_room(model, rows, limits, kv, options, held)
+        stop = set(model.config.eos if stop is None else stop)
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    start = time.perf_counter()
-    token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
-    if decoder is None and speculate:
-        decoder = speculator(model, token, speculate, draft, **sampling)
-    decoder = decoder or Decoder(model, token, **sampling)
-    decoder.begin(token, rows)
-    compile_s, compile_steps = decoder.compile_s, decoder.compile_steps
-    if token.is_cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    new, n_steps = _decode(decoder, limits, stop, on_token, on_row, on_fault)
-    if stats is not None:
-        compile_s = decoder.compile_s - compile_s
-        compile_steps = decoder.compile_steps - compile_steps
-        stats.update(prefill_s=begin - start, decode_s=time.perf_counter() - begin - compile_s,
-                     prefilled=sum(len(row) - held for row in rows),
-                     steps=max(0, n_steps - compile_steps),
-                     compile_s=compile_s, compile_steps=compile_steps)
-    out = [row + more for row, more in zip(rows, new)]
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        start = time.perf_counter()
+        token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
+        if decoder is None and speculate:
+            decoder = speculator(model, token, speculate, draft, **sampling)
+        decoder = decoder or Decoder(model, token, **sampling)
+        decoder.begin(token, rows)
+        before = Counter(decoder.counts)
+        if token.is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        new, n_steps = _decode(decoder, limits, stop, on_token, on_row, on_fault)
+        if stats is not None:
+            counts = {name: n - before[name] for name, n in decoder.counts.items()}
+            decode_s = time.perf_counter() - begin - counts["compile_s"]
+            stats.update(counts, prefill_s=begin - start, decode_s=decode_s,
+                         prefilled=sum(len(row) - held for row in rows),
+                         steps=max(0, n_steps - counts["compile_steps"]))
+        out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out
     longest = max(map(len, out))
