@@ -8,6 +8,8 @@ if __name__ == "__main__":
     console.begin()  # importing the rest takes a second, and can fail
 
 import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
 
@@ -35,7 +37,16 @@ def load(checkpoint=None, device="cpu", dtype=torch.float32, revision=None, weig
     return Transformer.from_pretrained(folder, device, dtype, weights, progress, ranks), tokenizer
 
 
-@torch.no_grad()
+@contextmanager
+def surroundings(model):
+    """What a model needs of the process: no gradients, no autocast (a cache holds one dtype), and
+    its own GPU as the current one, to which streams and graphs belong."""
+    device = model.embed.weight.device
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), gpu:
+        yield
+
+
 def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_p=None, kv=None,
              stop=None, until=None, on_token=None, on_row=None, on_fault=None, stats=None,
              decoder=None, held=0, speculate=0, draft=None, **options):
@@ -45,63 +56,57 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
     max_new_tokens  one number, or one a row; 0 makes the row a dummy that only fills the batch
     kv              name of the cache to set up, with `options` (see Transformer.setup_caches);
                     None keeps the caches that are there if they fit the batch, else "kivi2"
-    stop            tokens that end a row; None: the model's
-    until           called with (row, new token): True ends the row
+    stop, until     tokens that end a row (None: the model's); called with (row, token): does it?
     on_token        called with the list of the B newest tokens after every step; None for a row
                     that has no other one
     on_row          called with (row, its new tokens) as soon as a row ends
     on_fault        called with (row, message) if the model computes NaN or inf there, which ends
                     the row; None: a ValueError, when the others have ended
-    stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens) and steps;
-                    compile_s, compile_steps of steps that compiled or were captured, beside those;
-                    row_steps of all rows and row_tokens from them; drafts proposed and accepted
+    stats           dict that receives prefill_s, decode_s (seconds), prefilled (tokens), steps, the
+                    row_steps of all rows and the row_tokens from them, and the `counts` of the
+                    decoder; steps that compiled count only there and in the row_steps
     decoder         the Decoder of an earlier call on the same caches, whose CUDA graphs stay valid;
                     it brings its own sampling
     held            so many first tokens of every prompt are in the caches that are there
-    speculate       so many drafts a step are verified at once (decoding/speculate.py), looked up in
-                    the text or by `draft`, a smaller Transformer with the same tokenizer
+    speculate       so many drafts a step are verified (decoding/speculate.py), looked up in the
+                    text or by `draft`, a smaller Transformer with the same tokenizer
     returns         the form of `tokens`, prompt included: [B, L + n], where an early row repeats
                     its last token, or lists
     raises          ValueError: prompts or numbers that cannot be, more tokens than the caches hold
     """
-    ragged = not torch.is_tensor(tokens)
-    rows = [list(row) for row in tokens] if ragged else tokens.tolist()
-    single = isinstance(max_new_tokens, int)
-    limits = [max_new_tokens] * len(rows) if single else list(max_new_tokens)
-    _check(rows, limits, max_new_tokens, model.config.vocab_size, held)
-    _make_room(model, rows, limits, kv, options, held)
-    stop = set(model.config.eos if stop is None else stop)
+    with surroundings(model):
+        ragged = not torch.is_tensor(tokens)
+        rows = [list(row) for row in tokens] if ragged else tokens.tolist()
+        single = isinstance(max_new_tokens, int)
+        limits = [max_new_tokens] * len(rows) if single else list(max_new_tokens)
+        _check(rows, limits, max_new_tokens, model.config.vocab_size, held)
+        _make_room(model, rows, limits, kv, options, held)
+        stop = set(model.config.eos if stop is None else stop)
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    start = time.perf_counter()
-    token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
-    if decoder is None and speculate:
-        decoder = speculator(model, token, speculate, draft, **sampling)
-    decoder = decoder or Decoder(model, token, **sampling)
-    decoder.begin(token, rows)
-    before = _counts(decoder)
-    if token.is_cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    new, counts = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
-    if stats is not None:
-        counts |= {name: n - before[name] for name, n in _counts(decoder).items()}
-        counts["steps"] = max(0, counts["steps"] - counts["compile_steps"])
-        counts["prefilled"] = sum(len(row) - held for row, n in zip(rows, limits) if n)
-        decode_s = time.perf_counter() - begin - counts["compile_s"]
-        stats.update(counts, prefill_s=begin - start, decode_s=decode_s)
-    out = [row + more for row, more in zip(rows, new)]
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        start = time.perf_counter()
+        token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
+        if decoder is None and speculate:
+            decoder = speculator(model, token, speculate, draft, **sampling)
+        decoder = decoder or Decoder(model, token, **sampling)
+        decoder.begin(token, rows)
+        before = Counter(decoder.counts)
+        if token.is_cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        new, counts = _decode(decoder, limits, stop, until, on_token, on_row, on_fault)
+        if stats is not None:
+            counts |= {name: n - before[name] for name, n in decoder.counts.items()}
+            counts["steps"] = max(0, counts["steps"] - counts["compile_steps"])
+            counts["prefilled"] = sum(len(row) - held for row, n in zip(rows, limits) if n)
+            decode_s = time.perf_counter() - begin - counts["compile_s"]
+            stats.update(counts, prefill_s=begin - start, decode_s=decode_s)
+        out = [row + more for row, more in zip(rows, new)]
     if ragged:
         return out
     longest = max(map(len, out))
     out = [row + row[-1:] * (longest - len(row)) for row in out]
     return torch.tensor(out, device=tokens.device)
-
-
-def _counts(decoder):
-    """What a decoder counts over all its calls; drafts only if it has any."""
-    names = "compile_s", "compile_steps", "proposed", "accepted"
-    return {name: getattr(decoder, name, 0) for name in names}
 
 
 def _check(rows, limits, asked, vocab_size, held):

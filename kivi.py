@@ -68,7 +68,9 @@ class Cache(Buffers):
 
     def storable(self, x):
         """bool: can all of x be stored, and the range of any group of it?"""
-        return torch.isfinite(2 * x if self.dtype == torch.float32 else x.half()).all()
+        if self.config:
+            x = 2 * x if self.dtype == torch.float32 else x.half()  # scales are float16 then
+        return torch.isfinite(x).all()
 
     def check_finite(self, tokens, **tensors):
         """Raises ValueError if a number among these `tokens` of a tensor cannot be stored."""
@@ -290,11 +292,9 @@ class KiviCache(Cache):
         return self.config.slot(t)
 
     def used(self, name, length):
-        n = getattr(self, name).shape[2]
-        if name.endswith(("window", "order")):
-            return n
-        tokens = min(round_up(length, self.config.unit), self.capacity)
-        return n * tokens // self.capacity
+        n, tokens = getattr(self, name).shape[2], round_up(length, self.config.unit)
+        whole = name.endswith(("window", "order"))  # the others have room for `capacity` tokens
+        return n if whole else n * min(tokens, self.capacity) // self.capacity
 
     def parts(self, name):
         """(bits, bytes, scale, zero) of K or V, tokens before channels: [B, Hk, stacks, G, D] and

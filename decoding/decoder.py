@@ -65,7 +65,8 @@ class Decoder:
     graphs       capture every step in a CUDA graph? None: on CUDA
     sampling     arguments of `sample`
     on_compile   called with True before and with False after the first step of a compiled model
-    compile_s    seconds that compilations and captures took so far, in `compile_steps` whole steps
+    counts       compile_s, seconds that compilations and captures took so far, and compile_steps,
+                 the steps in which they did; of a Speculator proposed and accepted drafts, too
     """
 
     def __init__(self, model, token, graphs=None, **sampling):
@@ -74,8 +75,7 @@ class Decoder:
         self.checked = token.clone()
         self.sampling = sampling
         self.on_compile = None
-        self.compile_s = 0.0
-        self.compile_steps = 0
+        self.counts = {"compile_s": 0.0, "compile_steps": 0}
         self._started = False
         self.graphs = {}  # CUDA graphs by the number of tokens that attention reads
         self._captures = token.is_cuda if graphs is None else graphs
@@ -130,8 +130,8 @@ class Decoder:
             torch.cuda.synchronize()
         if says:
             says(False)
-        self.compile_s += time.perf_counter() - begin
-        self.compile_steps += 1
+        self.counts["compile_s"] += time.perf_counter() - begin
+        self.counts["compile_steps"] += 1
 
     def _run(self, t):
         if self._captures:

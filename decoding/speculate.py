@@ -103,7 +103,7 @@ class Speculator(Decoder):
         self.output = torch.zeros_like(self.input)
         compiled = compiled_draft_step(model.config, device) if model.compiled else DraftStep()
         self.step = compiled
-        self.proposed = self.accepted = 0
+        self.counts |= {"proposed": 0, "accepted": 0}
 
     def most(self, row):
         """How many drafts can row `row` use? None is beyond the end of its key block."""
@@ -148,8 +148,8 @@ class Speculator(Decoder):
             self.model.flush()
         for text, row in zip(self.texts, new):
             text += row
-        self.proposed += sum(map(len, drafts))
-        self.accepted += sum(map(len, new)) - len(new)
+        self.counts["proposed"] += sum(map(len, drafts))
+        self.counts["accepted"] += sum(map(len, new)) - len(new)
         return new
 
     def _capture(self, t):

@@ -5,6 +5,7 @@ It imports nothing large: `begin` comes before the imports of a program, which c
 import argparse
 import os
 import re
+import signal
 import sys
 from traceback import format_exception
 
@@ -36,10 +37,12 @@ def note(text=""):
 def begin():
     """Prepares the process of a program, before its imports."""
     sys.excepthook = hook
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is finished is printed first
     sys.stdin = sys.stdin or open(os.devnull)  # where they are closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is None:
         raise ValueError("stdout is closed: open it, the text goes there")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends no text
 
 
 def hook(kind, error, trace):

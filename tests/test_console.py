@@ -107,6 +107,22 @@ def test_closed_streams():
     assert "EOFError" in small_process("input()", "<&-")[2]
 
 
+def test_a_terminal_that_lacks_a_character_ends_no_text():
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", "from program import console; console.begin()\n"
+                           "print('a\u00e9b')"], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a?b\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
+def test_a_termination_prints_what_is_finished():
+    """As `kill` and job queues send it. Guards against finished answers that are lost."""
+    code = ("import os, signal, time\ndef work(argv):\n    try:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(5)\n"
+            "    finally:\n        print('finished')\nconsole.guarded(work, [])")
+    assert small_process(code) == (143, "finished\n", "")
+
+
 @pytest.mark.parametrize("program", (("bench.py",), ("-m", "checkpoint.write")), ids=str)
 def test_a_library_that_cannot_be_imported(program, tmp_path):
     """Guards against a program that begins after its imports."""

@@ -120,6 +120,13 @@ def test_what_cannot_be_stored_is_refused_and_changes_nothing(name, which, dtype
     poisoned = {"k": k.clone(), "v": v.clone()}
     poisoned[which][0, 1, 17, 3] = bad
     cache = make_cache(name, dtype=dtype)
+    if math.isfinite(bad) and name.startswith("full"):  # there such numbers are held as they are
+        cache.prefill(**poisoned)
+        append(cache, *poisoned.values(), [17])
+        read = dict(zip("kv", cache.dequantized()))[which]
+        assert torch.equal(read[:, :, :70], poisoned[which])
+        assert torch.equal(read[:, :, 70], poisoned[which][:, :, 17])
+        return
     refused(lambda: cache.prefill(**poisoned), which, "NaN", "inf", "large")
     assert_same(state(cache), state(make_cache(name, dtype=dtype)))
     fill(cache, k, v, [60])

@@ -1,5 +1,6 @@
 """Several tokens a step: drafts, what they attend to, and texts that must be those without them."""
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_the_text_is_the_one_without_drafts(model, options, speculate):
 
 def test_drafts_that_are_right_save_steps(model):
     """The model as its own draft model. Guards against drafts that are thrown away: every step
-    brings five tokens. With a packed cache the two models differ, and the text is the packed one's."""
+    brings five tokens. With a packed cache the two differ, and the text is the packed one's."""
     prompt = [some_ids(40)]
     want = generate.generate(model, prompt, 121, stop=(), kv="bf16")
     draft = Transformer(model.config)
@@ -119,8 +120,7 @@ def test_drafts_that_are_right_save_steps(model):
     assert found == want and stats["steps"] == 24
     want = generate.generate(model, prompt, 121, stop=(), **SMALL)
     assert generate.generate(model, prompt, 121, stop=(), speculate=4, draft=draft, **SMALL) == want
-    small = Transformer(model.config)
-    small.config.vocab_size += 1
+    small = Transformer(replace(model.config, vocab_size=model.config.vocab_size + 1))
     with pytest.raises(ValueError, match="tokenizer"):
         speculator(model, torch.zeros(1, 1, dtype=torch.int64), 4, small)
 
