@@ -292,9 +292,9 @@ class KiviCache(Cache):
         return self.config.slot(t)
 
     def used(self, name, length):
-        n, tokens = getattr(self, name).shape[2], round_up(length, self.config.unit)
+        n = getattr(self, name).shape[2]
         whole = name.endswith(("window", "order"))  # the others have room for `capacity` tokens
-        return n if whole else n * min(tokens, self.capacity) // self.capacity
+        return n if whole else n * self.config.capacity(length) // self.capacity
 
     def parts(self, name):
         """(bits, bytes, scale, zero) of K or V, tokens before channels: [B, Hk, stacks, G, D] and

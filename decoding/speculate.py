@@ -8,6 +8,7 @@ to accept it where the sample equals it keeps the distribution of the text at an
 Drafts come from the text itself (`Lookup`) or from a smaller model (`SmallModel`).
 """
 from itertools import pairwise
+from os.path import commonprefix  # of any lists
 
 import torch
 
@@ -57,21 +58,32 @@ class SmallModel:
 
     def __init__(self, model, batch, max_len):
         model.setup_caches(batch, max_len, "bf16")
+        self.model = model
         self.decoder = Decoder(model, torch.zeros_like(model.cache.pos)[:, None])
+        self.held = [[]] * batch  # tokens that are in its cache
 
     def begin(self, rows):
-        lengths = list(map(len, rows))
-        padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
-        self.decoder.model.prefill(torch.tensor(padded, device=self.decoder.token.device), lengths)
+        """Reads what is new in each row."""
+        common = [len(commonprefix(pair)) for pair in zip(self.held, rows)]
+        common = [min(n, len(row) - 1) for n, row in zip(common, rows)]
+        self.model.cache.set_lengths(common)
+        new = [row[n:] for n, row in zip(common, rows)]
+        lengths = list(map(len, new))
+        padded = [row + [0] * (max(lengths) - len(row)) for row in new]
+        self.model.extend(torch.tensor(padded, device=self.decoder.token.device), lengths)
+        self.held = rows
 
     def __call__(self, texts, lengths, most):
-        cache, drafts = self.decoder.model.cache, []
+        cache, drafts = self.model.cache, []
+        # A row that has ended is parked, and its cache is overwritten from the front.
+        self.held = [text[:n] if n == len(text) - 1 else [] for text, n in zip(texts, lengths)]
         cache.set_lengths(lengths)  # what was wrong is overwritten
         self.decoder.token.copy_(torch.tensor([text[-1:] for text in texts]))
         # One more than are drafted, so that the cache holds them all.
         for _ in range(min(max(most) + 1, cache.max_len - cache.length)):
             self.decoder()
             drafts.append(self.decoder.token.clone())
+        cache.set_lengths(lengths)
         return [row[:n] for row, n in zip(torch.cat(drafts, 1).tolist(), most)]
 
 
@@ -134,7 +146,8 @@ class Speculator(Decoder):
         rows = [text[-1:] + more for text, more in zip(self.texts, drafts)]
         padded = [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]
         self.input.copy_(torch.tensor(padded))
-        length = bucket(cache.length + 1, cache.block) if self._captures else cache.length + 1
+        length = cache.length + self.n
+        length = bucket(length, cache.block) if self._captures else length
         t = cache.tokens(length)
         if self._is_prepared(len(t)):
             self._run(t)
@@ -162,7 +175,7 @@ class Speculator(Decoder):
 
     def _step(self, t):
         tokens, count = self.input[:, :-1], self.input[:, -1:]  # [B, n], [B, 1]
-        logits, drafts = self.verify(tokens, t)
+        logits, drafts = self.verify(tokens, count[:, 0], t)
         samples = sample(logits.flatten(0, 1), **self.sampling).view_as(tokens)
         place = torch.arange(1, self.n, device=tokens.device)
         same = (samples[:, :-1] == tokens[:, 1:]) & (place < count)
@@ -173,15 +186,16 @@ class Speculator(Decoder):
         pos += accepted
         self.output.copy_(torch.cat([checked(samples, logits), accepted[:, None]], 1))
 
-    def verify(self, tokens, t):
-        """Logits [B, n, V] behind each of the tokens [B, n], and K and V of every layer."""
+    def verify(self, tokens, count, t):
+        """Logits [B, n, V] behind each of the tokens [B, n], of which `count` [B] are real, and K
+        and V of every layer."""
         model, step, pos = self.model, self.step, self.model.cache.pos
         x, cos, sin = step.start(model, tokens, pos)
-        q, k, v, left = step.before(model.layers[0], x, cos, sin, pos)
+        q, k, v, left = step.before(model.layers[0], x, cos, sin, pos, count)
         drafts = [(k, v)]
         for layer, following in pairwise(model.layers):
             y = step.attend(layer.cache, q, pos, t, k, v, left)
-            x, q, k, v, left = step.between(layer, following, x, y, cos, sin, pos)
+            x, q, k, v, left = step.between(layer, following, x, y, cos, sin, pos, count)
             drafts.append((k, v))
         y = step.attend(model.layers[-1].cache, q, pos, t, k, v, left)
         return step.last(model.layers[-1], model.norm, model.head, x, y), drafts

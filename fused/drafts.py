@@ -1,10 +1,13 @@
-"""Attention of a few drafted tokens, which the cache does not hold and may never hold.
+"""Attention of a few drafted tokens, which a packed cache does not hold and may never hold.
 
 Each query gets what it would get in a decode step of its own, after the steps of the drafts before
 it. Meanwhile values leave the window: at every step one becomes quantized. So the window is read
 with n copies beside it, quantized, of the values that will leave, and each query reads of every
 token the one or the other. Keys change only where a key block is completed, and so drafts must not
 go beyond the end of one.
+
+A full-precision cache needs nothing of this: drafts are written behind what it holds, where they
+can be overwritten.
 
 n drafts, the first of them token pos; M query heads share a KV head.
 """
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 
 from fused.attention import NEVER, joined, packed_scores, product, query_rows, slot_tokens
 from fused.attention import softmax_of, softmax_of_blocks, window_scores
+from fused.full import full_attention, has_grouped_kernel
 from kivi import FullCache
 from quantize import dequantize, take, value_codes
 
@@ -20,16 +24,17 @@ from quantize import dequantize, take, value_codes
 def drafted(cache, q, pos, t, k, v, left):
     """q [B, H, n, D] of drafts k, v [B, Hk, n, D] from token pos [B] on -> [B, H, n, D], over the
     tokens t (see `Cache.tokens`); left is what `leaving` returns."""
+    if isinstance(cache, FullCache):
+        return full_attention(cache, q, pos, t, has_grouped_kernel(q))
     now = pos[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, n]
     out = []
     for heads in cache.portions(len(t)):
         part = q.unflatten(1, (cache.n_kv_heads, -1))[:, heads].flatten(2, 3)  # [B, heads, M n, D]
         held_k, held_v = cache.read(pos, len(t), heads)
         tokens = t.expand(len(q), -1).masked_fill(t >= pos[:, None], -1)
-        parts = [(tokens, held_k, held_v)]
-        if not isinstance(cache, FullCache):
-            parts.append((left[0], take(held_k, left[0]), left[1][:, heads]))
-        parts.append((now, k[:, heads], v[:, heads]))
+        parts = ((tokens, held_k, held_v),
+                 (left[0], take(held_k, left[0]), left[1][:, heads]),
+                 (now, k[:, heads], v[:, heads]))
         tokens = torch.cat([x[0] for x in parts], 1)
         keys, values = (torch.cat([x[i].to(held_k.dtype) for x in parts], 2) for i in (1, 2))
         seen = seen_of(cache, tokens, now, q.shape[2], part.shape[2])
@@ -61,12 +66,10 @@ def fused_drafted(cache, q, pos, starts, k, v, left):
 
 def leaving(cache, pos, n):
     """Tokens [B, n] whose values leave the window while n drafts come from pos on, -1 where there
-    is none, and these values [B, Hk, n, D] as they will be read. None for a full cache.
+    is none, and these values [B, Hk, n, D] as they will be read.
 
     Apart from the fused attention, because these codes must be those of the cache, bit for bit.
     """
-    if isinstance(cache, FullCache):
-        return None
     c = cache.config
     t = pos[:, None] - c.residual + torch.arange(n, device=pos.device)
     codes, scale, zero = value_codes(take(cache.v_window, cache.slot(t.clamp(min=0))), c)
@@ -77,12 +80,11 @@ def leaving(cache, pos, n):
 
 def seen_of(cache, t, now, n, n_rows):
     """bool [B, rows, tokens]: does a query of token `now` [B, n] read this one of the tokens t [B,
-    held + n + n] (without the middle n for a full cache)? Rows are M times n."""
+    held + n + n]? Rows are M times n."""
     now = now[:, :, None]
     t, place = t[:, None], torch.arange(t.shape[1], device=t.device)
+    is_copy = (place >= t.shape[2] - 2 * n) & (place < t.shape[2] - n)
+    has_copy = (t >= cache.config.sink) & (t >= now[:, :1] - cache.config.residual)
     seen = (t >= 0) & cache.seen(now, t)
-    if not isinstance(cache, FullCache):
-        is_copy = (place >= t.shape[2] - 2 * n) & (place < t.shape[2] - n)
-        has_copy = (t >= cache.config.sink) & (t >= now[:, :1] - cache.config.residual)
-        seen = seen & (is_copy == (has_copy & (t < now - cache.config.residual)))
+    seen = seen & (is_copy == (has_copy & (t < now - cache.config.residual)))
     return seen.repeat(1, n_rows // n, 1)

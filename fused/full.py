@@ -9,10 +9,10 @@ from fused.attention import dynamic, first
 
 
 def compiled_full_attention():
-    """attend(cache, q, pos, t) as `FullCache.attention`."""
+    """attend(cache, q, pos, t) as `FullCache.attention`, or of several tokens from pos on."""
     compiled = torch.compile(full_attention, fullgraph=True)
 
-    def attend(cache, q, pos, t):
+    def attend(cache, q, pos, t, *_):
         return compiled(cache, q, pos, dynamic(t), has_grouped_kernel(q))
 
     return attend
@@ -34,9 +34,13 @@ def has_grouped_kernel(q):
 
 
 def full_attention(cache, q, pos, t, grouped):
-    """`FullCache.attention`, by the library's grouped kernel where it has one."""
+    """`FullCache.attention`, by the library's grouped kernel where it has one; q [B, H, n, D] are
+    of the tokens from pos on."""
     k, v = (first(x, t.shape[0]) for x in (cache.k_window, cache.v_window))
-    rows = q if grouped else q.reshape(len(q), k.shape[1], -1, k.shape[3])
-    seen = cache.seen(pos[:, None], t)[:, None, None]  # [B, 1, 1, n]
+    now = pos[:, None] + torch.arange(q.shape[2], device=q.device)
+    seen, rows = cache.seen(now[..., None], t)[:, None], q  # [B, 1, n, tokens]
+    if not grouped:
+        rows = q.reshape(len(q), k.shape[1], -1, k.shape[3])
+        seen = seen.repeat(1, 1, rows.shape[2] // q.shape[2], 1)
     out = F.scaled_dot_product_attention(rows, k, v, seen, enable_gqa=grouped)
     return out.reshape(q.shape)

@@ -67,15 +67,28 @@ class Step:
     flush: callable = flush
 
 
-def before_drafts(layer, x, cos, sin, pos):
-    """q, k, v of drafts x [B, n, dim], which stay outside the cache, and what `leaving` returns."""
+def before_drafts(layer, x, cos, sin, pos, count):
+    """q, k, v of drafts x [B, n, dim], `count` [B] of which are real, and what `leaving` returns.
+    They stay outside a packed cache."""
     q, k, v = layer.attention.qkv(layer.attention_norm(x), cos, sin)
-    return q, k, v, leaving(layer.cache, pos, x.shape[1])
+    if isinstance(layer.cache, KiviCache):
+        return q, k, v, leaving(layer.cache, pos, x.shape[1])
+    append_drafts(layer.cache, k, v, pos, count)
+    return q, k, v, None
 
 
-def between_drafts(layer, following, x, y, cos, sin, pos):
+def append_drafts(cache, k, v, pos, count):
+    """Writes the first `count` [B] drafts behind the pos [B] tokens of a full-precision cache."""
+    # The others might lie beyond its end: in their place the last one is written again.
+    i = torch.arange(k.shape[2], device=pos.device).minimum(count[:, None] - 1)  # [B, n]
+    place = cache.rows[:, None], slice(None), pos[:, None] + i
+    cache.k_window[place] = take(k, i).transpose(1, 2)
+    cache.v_window[place] = take(v, i).transpose(1, 2)
+
+
+def between_drafts(layer, following, x, y, cos, sin, pos, count):
     x = layer.after(x, y)
-    return x, *before_drafts(following, x, cos, sin, pos)
+    return x, *before_drafts(following, x, cos, sin, pos, count)
 
 
 def last_drafts(layer, norm, head, x, y):
@@ -84,14 +97,15 @@ def last_drafts(layer, norm, head, x, y):
 
 def commit(cache, k, v, pos, accepted):
     """Puts the first `accepted` [B] of the drafts k, v [B, Hk, n, D] into the cache from pos [B]
-    on, at least one, as so many decode steps would. None of them has completed a key block."""
+    on, at least one, as so many decode steps would. None but the last has completed a key block."""
+    if isinstance(cache, FullCache):
+        return  # they are there
     for i in range(k.shape[2]):
         # A row with fewer writes its last one again, which changes nothing: no `if` of the host.
         place = (accepted - 1).clamp(max=i)
         k_new, v_new = (take(x, place[:, None]) for x in (k, v))
         cache.write(k_new, v_new, pos + place)
-        if isinstance(cache, KiviCache):
-            cache.quantize_value(pos + place)
+        cache.quantize_value(pos + place)
 
 
 @dataclass
@@ -132,14 +146,19 @@ def compiled_step(config, device):
 def compiled_draft_step(config, device):
     """The functions of a `DraftStep`, compiled for `device`."""
     compiled, linear = compiling(config, device)
-    attention = compiled_attention(device, fused_drafted, drafted)
+    start_any = compiled(start)
 
-    def attend(cache, q, pos, t, k, v, left):
-        for x in (q, k, v):  # else a second number of drafts would be compiled as any number
-            torch._dynamo.mark_static(x, 2)
-        return attention(cache, q, pos, t, k, v, left)
+    def start_drafts(model, tokens, pos):
+        # Else the second number of tokens would be compiled as any number, here and all along.
+        torch._dynamo.mark_static(tokens, 1)
+        return start_any(model, tokens, pos)
 
-    return DraftStep(compiled(start), linear(before_drafts), attend, linear(between_drafts),
+    kivi, full = compiled_attention(device, fused_drafted, drafted), compiled_full_attention()
+
+    def attend(cache, *args):
+        return (full if isinstance(cache, FullCache) else kivi)(cache, *args)
+
+    return DraftStep(start_drafts, linear(before_drafts), attend, linear(between_drafts),
                      linear(last_drafts), compiled(commit))
 
 

@@ -21,7 +21,6 @@ AGAIN = "reading all of it again"
 LINES = "Once upon a time", "The old woman said", "and then the boy"
 DOCUMENT = "The sea was grey and the old man went down to the shore with his two dogs.\n"
 # A state does not fit a cache of another capacity where both are no whole residuals.
-other_capacity = pytest.mark.xfail(strict=True, reason="KiviCache.used counts an unfinished block")
 
 
 def turns(monkeypatch, lines, *args):
@@ -94,7 +93,7 @@ def test_a_template_that_rewrites_the_past_starts_again(tmp_path, monkeypatch):
     assert [a["prompt_tokens"] - a["prefill_tokens"] for a in exact] == [0, common, common]
 
 
-@pytest.mark.parametrize("unit", (64, pytest.param(1, marks=other_capacity)))
+@pytest.mark.parametrize("unit", (64, 1))
 def test_a_conversation_moves_into_larger_caches(unit, checkpoint, monkeypatch):
     """Guards against a growth that loses tokens or lets all of them be read again."""
     same = ("--checkpoint", checkpoint, "--max-new-tokens", 30, *PACKED)
@@ -187,7 +186,7 @@ def test_stop_ends_an_answer(tmp_path, monkeypatch):  # of the embedded checkpoi
 # ---- caches in files ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", (("--kv", "kivi2+"),
-                                     pytest.param(PACKED, marks=other_capacity)))
+                                     PACKED))
 def test_a_saved_cache_continues_to_the_same_text(options, tmp_path, monkeypatch):
     """One prompt, a conversation and many prompts go on where a conversation of one run has its
     turns. Guards against tokens that are lost or read again, and rows that see each other."""
@@ -299,7 +298,7 @@ def test_nothing_is_saved_where_no_answer_was_finished(checkpoint, monkeypatch, 
 @pytest.mark.parametrize("chat", (False, True))
 @pytest.mark.parametrize("kv, document", (
     ("kivi2", DOCUMENT), ("bf16", 3 * DOCUMENT),
-    pytest.param("kivi4", 3 * DOCUMENT, marks=other_capacity)))
+    ("kivi4", 3 * DOCUMENT)))
 def test_a_prefix_is_read_once(kv, document, chat, tmp_path):
     """Guards against a document that every wave reads, dummies without it, and another text than
     that of prompts that hold the document themselves."""
