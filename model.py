@@ -306,12 +306,13 @@ class Transformer(nn.Module):
         """The first layer's cache, which holds the schedule of all."""
         return self.layers[0].cache
 
-    def groups(self, L, chunk=None):
-        """(rows, tokens of each) that `prefill` computes at once for prompts of L tokens."""
+    def groups(self, L, held=0, chunk=None):
+        """(rows, tokens of each) that `extend` computes at once: L behind `held` ones."""
         if chunk is None and self.embed.weight.device.type == "cpu":
             return 1, 1024
         chunk = chunk or 4096
-        return max(1, chunk // max(L, 128)), chunk  # quantizing rounds short rows up to 128
+        # Quantizing rounds short rows up to 128 tokens; what is held is written out.
+        return max(1, min(chunk // max(L, 128), 16 * chunk // (held + L))), chunk
 
     def prefill(self, tokens, lengths=None, chunk=None):
         """Empties the caches and reads whole prompts into them: see `extend`."""
@@ -337,7 +338,7 @@ class Transformer(nn.Module):
         ends = [n + more for n, more in zip(held, lengths)]
         if max(ends) > self.cache.max_len:
             raise ValueError(f"{max(ends)} tokens exceed the caches' {self.cache.max_len}")
-        rows, chunk = self.groups(max(held) + L, chunk)
+        rows, chunk = self.groups(L, max(held), chunk)
         logits, finite, row = [], [], 0
         while row < B:
             same = sum(1 for _ in takewhile(lambda n: n == held[row], held[row : row + rows]))

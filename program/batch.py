@@ -84,7 +84,7 @@ def answer_all(run, file, batch, past, shares):
     capacity = queue[0].length
     longest = max(len(job.ids) for job in jobs)
     one_row = cache_parts(run.model, 1, len(shared), run.kv, **run.options) if shared else {}
-    budget = Budget(run, longest, sum(one_row.values()))
+    budget = Budget(run, longest, sum(one_row.values()), len(shared))
     expected = batch or budget.largest_batch(len(jobs), capacity)
     steps = sum(job.limit for job in queue[::expected])  # about: one row of every wave
     why = report.compile_if_it_pays(run, steps, expected * capacity, prefill=True)
@@ -160,9 +160,13 @@ def run_wave(run, wave, batch, decoder, states, results, totals):
     def keep(row, new):
         results[wave[row].index] = new
 
-    generate.generate(run.model, prompts, limits, on_row=keep, stats=stats, decoder=decoder,
-                      held=held, until=stopper(run.tokenizer, prompts, run.stops))
-    rows = [(len(job.ids), len(results[job.index])) for job in wave]
+    def fail(row, message):
+        tell(f"prompt {wave[row].index} has no answer: {message}")
+
+    generate.generate(run.model, prompts, limits, on_row=keep, on_fault=fail, stats=stats,
+                      decoder=decoder, held=held,
+                      until=stopper(run.tokenizer, prompts, run.stops))
+    rows = [(len(job.ids), len(results.get(job.index, ()))) for job in wave]
     decoded, moved = report.decoded(run, stats, rows)
     totals.update(stats, waves=1, decoded=decoded, moved=moved)
     tell(f"{len(results)} prompts done, wave of {len(wave)}: prefill {stats['prefill_s']:.2f} s, "

@@ -132,7 +132,7 @@ class Past:
         if not self.decoder or model.cache.max_len < exact:
             states = self.states or [layer.cache.state() for layer in model.layers if self.tokens]
             tensors = [x for state in states for x in state.values() if torch.is_tensor(x)]
-            budget = Budget(run, n_prompt, sum(x.nbytes for x in tensors))
+            budget = Budget(run, n_prompt, sum(x.nbytes for x in tensors), kept)
             capacity = self.capacity(exact, budget)
             tokens = self.forget()  # an interrupt may come before all is there
             self.decoder = run.decoder(1, capacity)

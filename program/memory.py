@@ -14,6 +14,7 @@ FLOAT = 4  # bytes of a float32, in which norms, rotations, softmax and quantiza
 LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
 MASKED = 512  # queries that share a mask, see `model.causal`
 BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
+PAST = 4 * FLOAT  # bytes for each channel of a KV head of a token that is held, see `extend`
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.
 WRITTEN_OUT = 14  # a token that is read: K and V in float32, and the codes of one
 FLUSHED = 17  # a token of a key block: float32 copies of it, while it is quantized
@@ -83,10 +84,10 @@ def kv_read(model, length):
     return sum(traffic_of(layer.cache, length) for layer in model.layers)
 
 
-def needs(model, batch, prompt, max_len, kv, **options):
+def needs(model, batch, prompt, max_len, kv, *, held=0, **options):
     """Bytes of a run by part, from shapes alone: weights, codes, metadata, window, activations.
 
-    prompt   tokens of the longest prompt
+    prompt   tokens of the longest prompt, of which `held` are in the caches before it is read
     max_len  capacity of the caches; kv, options as in `Transformer.setup_caches`
 
     The parts of the caches equal the allocation. Activations estimate what a prefill or a decode
@@ -96,7 +97,7 @@ def needs(model, batch, prompt, max_len, kv, **options):
     c = model.config
     weight = model.embed.weight
     config = model.kv_configs(kv, **options)[0]
-    activations = max(_prefill_bytes(model, batch, prompt, config),
+    activations = max(_prefill_bytes(model, batch, prompt, held, config),
                       _decode_bytes(model, batch, max_len, config))
     # Logits, and sampling in float32 and int64.
     activations += batch * c.vocab_size * (2 * weight.itemsize + 12)
@@ -109,24 +110,26 @@ def needs(model, batch, prompt, max_len, kv, **options):
     return {"weights": weight_bytes(model), **caches, "activations": int(activations)}
 
 
-def _prefill_bytes(model, batch, prompt, config):
-    """Upper bound of what a prefill allocates, without logits: see `Block.prefill`."""
+def _prefill_bytes(model, batch, prompt, held, config):
+    """Upper bound of what a prefill allocates, without logits: see `Block.extend`."""
     c, weight = model.config, model.embed.weight
     item = weight.itemsize
     queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    rows, chunk = model.groups(prompt)
-    rows, chunk = min(rows, batch), min(chunk, prompt)
+    new = prompt - held
+    rows, chunk = model.groups(new, held)
+    rows, chunk = min(rows, batch), min(chunk, new)
     # Bytes a token of a chunk: x and its norm, q, k, v, the result of attention, and beside them
     # gate, up, silu and product, or a rotation in float32, or a norm in float32.
-    held = 2 * (c.dim + queries + keys) * item
+    narrow = 2 * (c.dim + queries + keys) * item
     widest = max(4 * c.hidden_dim * item, 3 * FLOAT * max(queries, keys), 2 * FLOAT * c.dim)
     mask = MASKED * prompt * (1 + item) if chunk < prompt and not weight.is_cuda else 0
     stack = 1 if config is None else 4 * config.group_size
-    first, end = slices(0, prompt, rows * keys, stack)[0]
+    first, end = slices(0, new, rows * keys, stack)[0]
     fill = rows * (end - first) * keys * (item + 4 * FLOAT)
+    past = rows * held * keys * (PAST if config else 2 * item)  # as it is dequantized
     # All along: x, the layer's K and V; cos and sin.
-    kept = prompt * (rows * (c.dim + 2 * keys) * item + 2 * FLOAT * c.head_dim)
-    return kept + max(rows * chunk * (held + widest) + mask, fill)
+    kept = rows * (new * c.dim + 2 * prompt * keys) * item + 2 * FLOAT * new * c.head_dim
+    return kept + max(rows * chunk * (narrow + widest) + mask, fill, past)
 
 
 def _decode_bytes(model, batch, max_len, config):
@@ -155,11 +158,12 @@ class Budget:
     """Do caches for prompts of up to `prompt` tokens fit? `run` is a program.chat.Run.
 
     kept  bytes of the states of other caches, which stay beside them
+    held  tokens of a prompt that the caches hold before it is read
     """
 
-    def __init__(self, run, prompt, kept=0):
+    def __init__(self, run, prompt, kept=0, held=0):
         self.run = run
-        self.prompt = prompt
+        self.prompt, self.held = prompt, held
         self.kept = kept
         device = run.model.embed.weight.device
         # The weights are loaded already, and the caches of an answer before will be replaced.
@@ -173,7 +177,8 @@ class Budget:
     def parts(self, batch, capacity):
         """What `needs` says, and the total, for rows of up to `capacity` tokens at their end."""
         run, prompt = self.run, min(self.prompt, capacity)
-        parts = needs(run.model, batch, prompt, capacity, run.kv, **run.options)
+        held = min(self.held, prompt - 1)
+        parts = needs(run.model, batch, prompt, capacity, run.kv, held=held, **run.options)
         if self.kept:
             parts["kept"] = self.kept
         if run.draft:

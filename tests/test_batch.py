@@ -13,6 +13,7 @@ from calling import ENV, FIELDS, ROOT, check_error, result_of, run
 from reference import resident
 
 import generate
+from model import Transformer
 from study.measure import Results
 
 PROMPTS = ["Once", "upon a time there", "x",
@@ -47,6 +48,30 @@ def test_a_file_of_prompts_gives_what_each_gives_alone(size, waves, rows, checkp
         for key in ("text", "prompt_tokens", "new_tokens"):
             assert o[key] == alone[key]
     assert re.search(TABLE, err)
+
+
+def test_a_row_without_numbers_takes_no_other_row(checkpoint, tmp_path, monkeypatch):
+    """Logits of NaN at the third step of every wave, for one row. Guards against answers that are
+    lost with it, and against text of unknown tokens."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS[:4]))
+    same = ("--checkpoint", checkpoint, "--temperature", 0, "--json", "--prompts", file,
+            "--batch-size", 2, "--max-new-tokens", 9)
+    want = [json.loads(line) for line in run(*same)[1].splitlines()[:-1]]
+    decode, steps = Transformer.decode, []
+
+    def broken(self, tokens, t):
+        logits = decode(self, tokens, t)
+        steps.append(t)
+        logits[1 if len(steps) % 8 == 3 else slice(0, 0)] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Transformer, "decode", broken)
+    code, out, err = run(*same)
+    *found, last = map(json.loads, out.splitlines())
+    lost = [int(n) for n in re.findall(r"(?m)^prompt (\d) has no answer: .*NaN", err)]
+    assert code == 0 and len(lost) == 2 and last["finished"] == 2
+    assert found == [x for x in want if x["index"] not in lost]
 
 
 BAD_LINES = [

@@ -48,6 +48,21 @@ def test_the_memory_formula_holds(shape, dtype):
         assert 0.6 <= share <= 1.05, (batch, prompt, kv, prefill, step, parts)
 
 
+@pytest.mark.parametrize("kv", ("kivi2", "kivi2+", "bf16"))
+def test_the_memory_formula_knows_the_past(kv):
+    """100 tokens behind 4,000, whose K and V in float32 are more than all else. Guards against a
+    past that counts as nothing, or as if it were read again."""
+    config = ModelConfig(vocab_size=64, dim=64, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=32,
+                         hidden_dim=64, max_len=8192)
+    model = random_model(config, CPU).to(torch.float32)
+    model.setup_caches(1, 4200, kv)
+    tokens = torch.zeros(1, 4000, dtype=torch.int64)
+    model.prefill(tokens)
+    activations = needs(model, 1, 4100, 4200, kv, held=4000)["activations"]
+    peak = peak_allocation(lambda: model.extend(tokens[:, :100]))
+    assert 0.6 * activations <= peak <= 1.05 * activations
+
+
 @pytest.mark.parametrize("kv", ("kivi2", "kivi2+"))
 def test_the_memory_formula_knows_the_flush(kv):
     """Many short rows, whose keys of a block in float32 are more than all else that a step
