@@ -50,8 +50,7 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     in `kivi.Cache.attend` unless given. One compilation serves all layers and lengths; it can be
     captured in a CUDA graph. A model's linear layers should stay out of it: the options here would
     turn their products into kernels, and the library is better at them. A `form` is compiled in
-    place of `attention`, and a `plain` one, of t, computes the same.
-    """
+    place of `attention`, and a `plain` one, of t, computes the same."""
     cuda = torch.device(device).type == "cuda"
     quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
     if cuda:
