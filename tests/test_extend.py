@@ -14,6 +14,11 @@ from kivi import FullCache, KiviCache
 SOME = ("small window", "K 4 V 2", "40 sinks", "boosted, 4 sinks, values of 64", "full")
 
 
+def quick(*names):
+    """All caches; those that are not among these are slow."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in SHAPES]
+
+
 def extend(cache, k, v, lengths, new, seed=0):
     """Extends a cache whose rows hold the first `lengths` tokens of k and v by the next `new` ones,
     with loud padding: (queries, result)."""
@@ -29,7 +34,7 @@ def extend(cache, k, v, lengths, new, seed=0):
     return q, cache.extend(q, *parts, new)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", quick(*SOME, "paper", "all at once"))
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_any_split_gives_the_bytes_of_single_tokens(name, seed):
@@ -62,7 +67,7 @@ def check_splits(name, seed):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", quick(*SOME, "sliding over sinks", "full, sliding"))
 def test_a_query_sees_the_past_as_it_was_held_and_new_tokens_exactly(name, dtype):
     """Guards against a query that sees tokens behind its own or of the padding, past tokens that
     are quantized before it reads them, and a sliding window from another token on."""
