@@ -7,9 +7,10 @@
 Before transformers 5.24 the argument of `generate` was past_key_values; since then that name warns.
 
 Making the cache switches the model to an attention function that is exact over a prompt and reads
-the packed codes afterwards: K and V are never kept in full precision. Greedy, sampling, beams and
-left-padded batches are right. Assisted decoding is refused (what is quantized cannot be taken
-back), and so are right padding and attention that is more than softmax(q . K) . V.
+the packed codes afterwards: K and V are never kept in full precision. Greedy, sampling, beams,
+left-padded batches, sliding windows and tokens that a later mask hides are right. Assisted decoding
+is refused (what is quantized cannot be taken back), and so are right padding, training, and
+attention that is more than softmax(q . K) . V.
 """
 import sys
 from dataclasses import replace
@@ -42,47 +43,59 @@ class KiviLayer(DynamicLayer):
 
     def reset(self):
         self.cache = None
-        self.seen = 0
+        self.seen = 0  # tokens of a row, padding too: columns of the mask
+        self.waiting = False  # for `attention` to store what `update` has counted
 
     def update(self, key, value, *args, **kwargs):
         implementation = self.config._attn_implementation
         if implementation != "kivi":
             raise ValueError(f"the model's attention is {implementation}, not kivi: "
                              "call model.set_attn_implementation('kivi')")
+        self.waiting = True
         self.seen += key.shape[2]
         key.layer = self  # `attention`, which gets the key next, finds the cache here
         return key, value
 
-    def prefill(self, key, value, real, sliding):
+    def prefill(self, key, value, mask):
         """Left-padded rows become the right-padded ones of KiviCache.
 
-        key, value [B, Hk, L, D]; real [B, L]: is it a token, not padding?
+        key, value [B, Hk, L, D]; mask [B, L, L]: what a token sees
         """
         B, Hk, L, D = key.shape
         t = torch.arange(L, device=key.device)
+        real = mask.diagonal(dim1=1, dim2=2)  # only padding does not see itself
         lengths = real.sum(1)
-        first = L - lengths[:, None]  # [B, 1] column of a row's first token
-        if not torch.equal(real, t >= first):
+        self.first = L - lengths[:, None]  # [B, 1] column of a row's first token
+        if not torch.equal(real, t >= self.first):
             raise ValueError("padding that is not to the left of a prompt: "
                              "set tokenizer.padding_side = 'left'")
-        self.cache = KiviCache(B, Hk, self.max_len, D, sliding=sliding,
+        self.cache = KiviCache(B, Hk, self.max_len, D,
                                dtype=key.dtype, device=key.device, **self.options)
-        column = (t + first).clamp(max=L - 1)[:, None, :, None].expand_as(key)
+        column = (t + self.first).clamp(max=L - 1)[:, None, :, None].expand_as(key)
         self.cache.prefill(key.gather(2, column), value.gather(2, column), lengths.tolist())
+        self.waiting = False
 
-    def decode(self, query, key, value, real):
+    def decode(self, query, key, value, mask):
         """One token after the other; more than one only where a conversation goes on.
 
-        query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D]
+        query [B, H, L, D], key, value [B, Hk, L, D], mask [B, L, tokens] -> [B, L, H, D]
         """
-        if query.shape[2] > 1 and not real.all():
-            raise ValueError("padding after the first prompt: "
-                             "continue rows of a batch with equally many tokens")
-        out = []
+        cache, (L, n), out = self.cache, mask.shape[1:], []
+        cache.check(L, k=key, v=value, q=query)
+        padding = torch.arange(n, device=key.device) < self.first
+        real = mask[:, :, -L:].diagonal(dim1=1, dim2=2)
+        if not real.all() or (mask & padding[:, None]).any():
+            raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
+                             "padding and show the new tokens: go on with equally many a row")
         with torch.autocast(query.device.type, enabled=False):
-            for q, k, v in zip(query.split(1, 2), key.split(1, 2), value.split(1, 2)):
-                self.cache.append(k, v)
-                out.append(self.cache.attend(q))
+            for i in range(L):
+                q, k, v = (x[:, :, i, None] for x in (query, key, value))
+                cache.append(k, v)
+                pos, t = cache.pos - 1, cache.tokens(cache.length)
+                seen = mask[:, i].gather(1, (t + self.first).clamp(max=n - 1))
+                seen = seen[:, None] & cache.seen(pos[:, None, None], t)
+                out.append(cache.attention(q, pos, t, seen))
+        self.waiting = False
         return torch.cat(out, 2).transpose(1, 2)
 
     def get_seq_length(self):
@@ -92,9 +105,8 @@ class KiviLayer(DynamicLayer):
         return self.max_len
 
     def reorder_cache(self, beam_idx):
-        for name, x in self.cache.named_buffers():
-            if name not in ("index", "rows"):  # all others have one entry a row
-                x.copy_(x[beam_idx.to(x.device)])
+        for x in (self.first, *self.cache.contents().values()):
+            x.copy_(x[beam_idx.to(x.device)])
         self.cache.lengths[:] = [self.cache.lengths[i] for i in beam_idx.tolist()]
 
     def crop(self, tokens_to_remove):
@@ -112,24 +124,45 @@ class KiviLayer(DynamicLayer):
     batch_select_indices = batch_repeat_interleave
 
 
+def refuse(module, options):
+    """Raises ValueError for what `attention` would leave out without a word."""
+    for name in ("softcap", "s_aux", "position_bias", "output_attentions"):
+        value = options.get(name)
+        if torch.is_tensor(value) or value:
+            raise ValueError(f"{type(module).__name__} uses {name}, "
+                             "which a KIVI cache does not compute")
+    if options.get("dropout") or module.training and torch.is_grad_enabled():
+        raise ValueError("a KIVI cache has neither dropout nor gradients: call model.eval()")
+    if options.get("use_cache") is False:  # generate would repeat the whole text at every step
+        raise ValueError("use_cache=False beside a cache: leave it out, also of the model's config")
+
+
+def visible(mask, key, n):
+    """What the new tokens see of all n, [B, L, n]; without a mask all before them.
+
+    The mask alone says so: some models have their sliding window nowhere else.
+    """
+    B, _, L, _ = key.shape
+    if mask is None:
+        return key.new_ones(1, dtype=torch.bool).expand(B, L, n)
+    if mask.dtype != torch.bool or mask.shape[1:] != (1, L, n):
+        raise ValueError(f"a mask of attention must be [{B}, 1, {L}, {n}] in torch.bool (True: is "
+                         f"seen), got {list(mask.shape)} in {mask.dtype}")
+    return mask[:, 0].expand(B, L, n)
+
+
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The model's attention. query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D], None"""
     layer = getattr(key, "layer", None)  # None without a cache, and with another one
     if layer is not None:
-        for name in ("softcap", "s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{type(module).__name__} uses {name}, "
-                                 "which a KIVI cache does not compute")
+        refuse(module, kwargs)
         value = value.to(key.dtype)  # autocast may leave it in another
-        B, _, L, D = query.shape
-        if attention_mask is None:
-            real = key.new_ones(B, L).bool()
-        else:  # only padding does not see itself
-            real = attention_mask[:, 0, :, -L:].diagonal(dim1=1, dim2=2)
+        mask = visible(attention_mask, key, layer.seen)
         if layer.cache is not None:
-            unit = scaling * D**0.5 if scaling else 1  # what KiviCache does not multiply by itself
-            return layer.decode((query * unit).to(key.dtype), key, value, real), None
-        layer.prefill(key, value, real, kwargs.get("sliding_window"))
+            # What KiviCache does not multiply by itself.
+            unit = scaling * query.shape[3] ** 0.5 if scaling else 1
+            return layer.decode((query * unit).to(key.dtype), key, value, mask), None
+        layer.prefill(key, value, mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask,
                                   scaling=scaling, **kwargs)
 
@@ -147,7 +180,8 @@ class KiviPastKeyValues(Cache):
 
     def __init__(self, model, max_len, kv="kivi2", **options):
         config = model.config.get_text_config(decoder=True)
-        for name in ("num_kv_shared_layers", "attention_chunk_size"):
+        for name in ("num_kv_shared_layers", "attention_chunk_size", "kv_lora_rank",
+                     "is_encoder_decoder"):
             if getattr(config, name, None):
                 raise ValueError(f"{type(model).__name__} has {name}, "
                                  "which a KIVI cache does not know")
@@ -162,8 +196,18 @@ class KiviPastKeyValues(Cache):
             known = ", ".join(vars(PRESETS[kv]))
             raise ValueError(f"the options are {known}: {error}") from None
         model.set_attn_implementation("kivi")
+        if config._attn_implementation != "kivi":  # transformers has said why
+            raise ValueError(f"the attention of {type(model).__name__} cannot be replaced: "
+                             "a KIVI cache is not for this model")
         n_layers = config.num_hidden_layers
         super().__init__(layers=[KiviLayer(config, max_len, options) for _ in range(n_layers)])
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        # The config that a layer asks is not that of another model, or of a copy.
+        if any(layer.waiting for layer in self.layers):
+            raise ValueError("tokens never reached this cache: call its reset(), and "
+                             "set_attn_implementation('kivi') of the model that uses it")
+        return super().update(key, value, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self):

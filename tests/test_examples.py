@@ -1,6 +1,7 @@
 """The programs of examples/ and the lines of the README, against exact attention, this project's
 own model, and caches that are made anew for every token. Some need transformers 5.
 """
+import copy
 import os
 import re
 import shutil
@@ -193,11 +194,8 @@ def test_a_preset_is_that_of_the_program(hub):
     assert torch.equal(out, ours)
 
 
-@pytest.mark.parametrize("kind, more", (
-    ("MistralConfig", {"sliding_window": 24}), ("GraniteConfig", {"attention_multiplier": 0.7})))
-def test_a_sliding_window_and_other_scales_of_scores(hub, kind, more):
-    """Guards against attention to tokens that have left the model's window (all of them are exact
-    here); a scale that is not D^-0.5."""
+def small_model(kind, **more):
+    """A model of two layers with random weights."""
     import transformers
 
     config = getattr(transformers, kind)(
@@ -205,7 +203,23 @@ def test_a_sliding_window_and_other_scales_of_scores(hub, kind, more):
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0,
         bos_token_id=None, eos_token_id=None, **more)
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+           "shared_expert_intermediate_size": 32, "use_sliding_window": True}
+
+
+@pytest.mark.parametrize("kind, more", (
+    ("MistralConfig", {"sliding_window": 24}), ("GraniteConfig", {"attention_multiplier": 0.7}),
+    ("PhimoeConfig", {"sliding_window": 8, "num_local_experts": 4}),
+    ("Qwen2MoeConfig", {"sliding_window": 24, **EXPERTS,
+                        "layer_types": ["sliding_attention", "full_attention"]})))
+def test_a_sliding_window_and_other_scales_of_scores(hub, kind, more):
+    """Guards against attention to tokens that have left the model's window (all of them are exact
+    here), also where it stands in the mask alone, or begins after the prompt, or in some layers; a
+    scale that is not D^-0.5."""
+    model = small_model(kind, **more)
     prompt = {"inputs": torch.randint(1, 64, (2, 20))}
     want = greedy(model, prompt, 60)
     cache = hub[0].KiviPastKeyValues(model, 100, group_size=16)
@@ -239,6 +253,13 @@ def test_a_use_that_would_go_wrong_is_refused(hub):
 
 @pytest.mark.parametrize("arguments, options, named", (
     ((512,), {"k_bits": 3}, "k_bits must be one of"),
+    ((512, "kivi2+"), {"v_bits": 5}, "v_bits must be one of"),
+    ((512,), {"group_size": 24}, "group_size must be a power of two"),
+    ((512,), {"residual": 100}, "residual 100 is not a multiple"),
+    ((512,), {"sink": -1}, "sink must be 0 or more"),
+    ((512,), {"boost": 4}, "boost must be a multiple of 8"),
+    ((512,), {"v_group_size": 12}, "v_group_size must be a power of two"),
+    ((0,), {}, "sizes of a cache"),
     ((512,), {"bits": 2}, "the options are k_bits"),
     ((512, "kivi3"), {}, "unknown kv 'kivi3'"),
 ))
@@ -255,3 +276,177 @@ def test_a_model_with_attention_in_chunks_is_refused(hub, monkeypatch):
     monkeypatch.setattr(model.config, "attention_chunk_size", 8, raising=False)
     with pytest.raises(ValueError, match="attention_chunk_size"):
         example.KiviPastKeyValues(model, 512)
+
+
+# ---- what a mask, a model or a cache says, and another one does not -----------------------------
+
+def named(model, cache):
+    """The cache by the name that this transformers gives the argument."""
+    return {"cache" if "cache" in signature(model.forward).parameters else "past_key_values": cache}
+
+
+@torch.no_grad()
+def logits(model, tokens, cache, mask=None, **options):
+    return model(tokens, attention_mask=mask, **named(model, cache), **options).logits
+
+
+@pytest.fixture
+def llama(hub):
+    """(a new model, a function that makes its caches)"""
+    model = small_model("LlamaConfig", attention_dropout=0.1)
+    return model, lambda: hub[0].KiviPastKeyValues(model, 64, group_size=16)  # all exact
+
+
+TOKENS = torch.randint(1, 64, (2, 23), generator=torch.Generator().manual_seed(0))
+PADDED = torch.tensor([[0] * 5 + [1] * 18, [1] * 23])  # whole rows, for prompts of 20 tokens
+
+
+def hole(mask):
+    """A mask that hides the tokens 7 .. 11."""
+    return mask.index_fill(-1, torch.arange(7, 12), 0)
+
+
+ROW = torch.ones(2, 1, 1, 21, dtype=torch.bool)
+WINDOW = torch.ones(2, 1, 23, 23, dtype=torch.bool).tril().triu(-8)[:, :, 20:]
+
+
+@pytest.mark.parametrize("first, then", (
+    (PADDED[:, :20], PADDED[:, :21]), (PADDED[:, :20], hole(PADDED[:, :21])),
+    (PADDED[:, :20], hole(PADDED)), (None, hole(ROW)), (None, hole(ROW)[:1]), (None, WINDOW)),
+    ids=("padded", "hidden", "three tokens", "4d", "4d for all rows", "window"))
+def test_a_mask_may_hide_tokens_later(llama, first, then):
+    """Guards against a mask that is read for padding only; columns of a padded row that are not the
+    cache's tokens; several tokens with the mask of one."""
+    from transformers import DynamicCache
+
+    model, new = llama
+    n = then.shape[-1]
+    out = []
+    for cache, implementation in ((new(), "kivi"), (DynamicCache(), "sdpa")):
+        model.set_attn_implementation(implementation)
+        logits(model, TOKENS[:, :20], cache, first)
+        out.append(logits(model, TOKENS[:, 20:n], cache, then))
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first, then, words", (
+    (PADDED[:, :20], None, "hide the prompt's padding"),
+    (PADDED[:, :20], torch.ones(2, 21), "hide the prompt's padding"),
+    (None, torch.tensor([[1] * 20 + [0], [1] * 21]), "show the new tokens"),
+    (None, torch.ones(2, 1), "cover all tokens so far"),
+    (None, ROW.float() - 1, "must be .* torch.float32"),
+    (None, ROW.expand(2, 4, 1, 21), r"must be .*got \[2, 4, 1, 21\]"),
+), ids=("padding without a mask", "padding shown", "a new token hidden", "the new token's alone",
+        "of numbers", "one a head"))
+def test_a_mask_that_the_cache_cannot_follow_is_refused(llama, first, then, words):
+    """Guards against a mask that is followed in part."""
+    model, new = llama
+    cache = new()
+    logits(model, TOKENS[:, :20], cache, first)
+    with pytest.raises(ValueError, match=words):
+        logits(model, TOKENS[:, 20:21], cache, then)
+
+
+def test_rows_change_places_with_their_padding(llama):
+    """Guards against beams that keep another beam's columns of the mask."""
+    model, new = llama
+    straight, swapped = new(), new()
+    for cache in (straight, swapped):
+        logits(model, TOKENS[:, :20], cache, PADDED[:, :20])
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    want = logits(model, TOKENS[:, 20:21], straight, PADDED[:, :21])
+    got = logits(model, TOKENS[:, 20:21].flip(0), swapped, PADDED[:, :21].flip(0))
+    torch.testing.assert_close(got.flip(0), want)
+
+
+def test_a_cache_made_for_another_object_of_the_model_is_refused(llama):
+    """Guards against tokens that attend to themselves alone; so does one in a second model that is
+    set to kivi, where the cache is at home too."""
+    model, new = llama
+    other = copy.deepcopy(model)
+    cache = new()
+    with pytest.raises(ValueError, match="never reached this cache: .* of the model that uses it"):
+        logits(other, TOKENS, cache)
+    other.set_attn_implementation("kivi")
+    with pytest.raises(ValueError, match="never reached this cache: call its reset"):
+        logits(other, TOKENS, cache)
+    cache.reset()
+    assert torch.equal(logits(other, TOKENS, cache), logits(model, TOKENS, new()))
+
+
+def test_a_copy_goes_on_by_itself_and_knows_the_models_attention(llama):
+    """Guards against copies that share buffers; a copy that asks a copied config which attention
+    the model has."""
+    model, new = llama
+    cache = new()
+    logits(model, TOKENS[:, :20], cache)
+    twin = copy.deepcopy(cache)
+    for token in TOKENS[:, 20:22].split(1, 1):
+        assert torch.equal(logits(model, token, cache), logits(model, token, twin))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="never reached this cache"):
+        logits(model, TOKENS[:, 22:], twin)
+
+
+def test_after_an_error_the_cache_must_be_reset(llama):
+    """Guards against layers that hold different numbers of tokens."""
+    model, new = llama
+    cache, weight = new(), model.model.layers[1].self_attn.v_proj.weight.data
+    want = logits(model, TOKENS, cache)
+    kept = weight.clone()
+    weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="v holds NaN"):
+        logits(model, TOKENS[:, :1], cache)
+    weight.copy_(kept)
+    with pytest.raises(ValueError, match="call its reset"):
+        logits(model, TOKENS[:, :1], cache)
+    cache.reset()
+    assert torch.equal(logits(model, TOKENS, cache), want)
+
+
+def test_what_the_attention_would_leave_out_is_refused(llama):
+    """Guards against weights, dropout, gradients or a flag that get lost on the way; a cache of
+    another dtype or batch than the model's."""
+    model, new = llama
+    for options in ({"softcap": 30.0}, {"s_aux": torch.zeros(4)}):
+        with pytest.raises(ValueError, match=f"LlamaAttention uses {next(iter(options))}"):
+            logits(model, TOKENS, new(), **options)
+    for options in ({"output_attentions": True}, {"use_cache": False}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            logits(model, TOKENS, new(), **options)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            greedy(model, {"inputs": TOKENS}, 3, new(), **options)
+    cache = new()
+    logits(model, TOKENS[:, :20], cache)
+    with pytest.raises(ValueError, match=r"k must be \[2, .*got \[3, "):
+        logits(model, TOKENS[[0, 1, 1], :1], cache)
+    cache.reset()
+    logits(model, TOKENS[:, :20], cache)
+    with pytest.raises(ValueError, match="k must be .*float32 .*got .*bfloat16"):
+        logits(model.bfloat16(), TOKENS[:, :1], cache)
+    model.float().train()
+    with pytest.raises(ValueError, match="call model.eval"):
+        logits(model, TOKENS, new())  # dropout
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    logits(model, TOKENS, new())
+    with pytest.raises(ValueError, match="call model.eval"):
+        model(TOKENS, **named(model, new()))  # gradients
+
+
+@pytest.mark.parametrize("kind, more, words", (
+    ("BloomConfig", {}, "attention of BloomForCausalLM cannot be replaced"),
+    ("DeepseekV3Config", {"kv_lora_rank": 16}, "has kv_lora_rank"),
+    ("BartConfig", {}, "has is_encoder_decoder"),
+))
+def test_a_model_that_does_not_use_this_attention_is_refused(hub, kind, more, words):
+    """Guards against a model that keeps something else in its cache, or reads it elsewhere."""
+    import transformers
+
+    with torch.device("meta"):
+        config = getattr(transformers, kind)(num_hidden_layers=1, **more)
+        auto = transformers.AutoModelForSeq2SeqLM if kind == "BartConfig" else (
+            transformers.AutoModelForCausalLM)
+        model = auto.from_config(config)
+    with pytest.raises(ValueError, match=words):
+        hub[0].KiviPastKeyValues(model, 64, group_size=8)
