@@ -82,12 +82,8 @@ def weight_files(folder):
         if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
             raise ValueError(f"{index} has no weight_map of file names in its folder: "
                              "download it again")
-    whole = folder / "model.safetensors"
-    if whole.exists() and whole.name not in names.values():
-        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
-                         "remove the one that is not meant")
-    files = {}
-    for file in [folder / name for name in sorted(set(names.values()))]:
+    paths = [folder / name for name in sorted(set(names.values()))]
+    for file in paths:
         if not file.is_file():
             pickles = sorted(folder.glob("*.bin"))  # not read: they can run code
             only = f", only {pickles[0].name}" if pickles else ""
@@ -96,6 +92,12 @@ def weight_files(folder):
                 "safetensors and you trust it, write them with transformers, "
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
             )
+    whole = folder / "model.safetensors"
+    if whole.exists() and whole not in paths:
+        raise ValueError(f"{folder} holds {whole.name}, and an index of other files: "
+                         "remove the one that is not meant")
+    files = {}
+    for file in paths:
         with reading(file), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 if name in files:
