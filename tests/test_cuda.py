@@ -230,11 +230,14 @@ def test_program_decodes_compiled_as_eager(checkpoint, options, fresh_compiler):
 def test_program_speculates_to_the_same_text(checkpoint, options, fresh_compiler):
     """200 greedy tokens, float32, compiled, in CUDA graphs: looked up, and by a draft model that is
     the model itself. Guards against a capture that accepts drafts and so loses values, and against
-    a block of keys that is never quantized."""
+    a block of keys that is never quantized, and against a number of drafts that is compiled as
+    any number because a step of one token came first."""
     prompt = [some_ids(12) * 4, some_ids(9, seed=1)]
     net, small = (Transformer.from_pretrained(checkpoint, DEVICE) for _ in range(2))
     want = generate.generate(net, prompt, 200, stop=(), **options)
     net.compile()
+    plain = generate.generate(net, prompt, 200, stop=(), **options)  # one token a step comes first
+    assert plain == want
     for draft in (None, small):
         stats = {}
         assert generate.generate(net, prompt, 200, stop=(), speculate=5, draft=draft, stats=stats,
