@@ -131,7 +131,7 @@ def test_attention_of_a_full_cache(n_heads, sliding, fresh_compiler):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ("paper", "small window", "K 4 V 2", "40 sinks", "D 80",
-                                  "sliding over sinks", "boosted, 4 sinks, values of 64", "full"))
+                                  "sliding over sinks", "boosted, 4 sinks, values of 64"))
 @torch.no_grad()
 def test_attention_of_drafts_is_that_of_their_own_steps(name, dtype, fresh_compiler):
     """Seven drafts: each is as close to the truth of its own step as that step. Guards against a
