@@ -8,10 +8,11 @@ import torch
 from cache_cases import (
     BOOSTED, CASES, SHAPES, assert_same, at, fill, make_cache, make_tokens, refused, state)
 from fused.attention import compiled_attention
+from fused.full import compiled_full_attention
 from fused.step import compiled_quantizer, compiled_step
 from reference_cache import DTYPES, HALF_EPS, attention64
 
-QUICK = (("all at once", torch.bfloat16), ("full, sliding", torch.float32))
+QUICK = (("small window", torch.bfloat16), ("full, sliding", torch.float32))
 # On a CPU the dtypes differ in how they are read and rounded alone, so half precision takes some of
 # the cases; tests/test_cuda.py takes all.
 HALF = ("small window", "K 4 V 2", "8 bits", "4 sinks", "boosted, 4 sinks, values of 64",
@@ -54,12 +55,20 @@ def check_attentions(name, dtype, attend, lengths, calm):
     assert_same(state(cache), before)
 
 
+def compiled_for(name):
+    """The compiled attention of a cache of that name."""
+    if name in CASES:
+        return compiled_attention("cpu")
+    full = compiled_full_attention()
+    return lambda cache, q: full(cache, q, cache.pos - 1, cache.tokens(cache.length))
+
+
 @pytest.mark.parametrize("name, dtype", EVERY_CASE)
 def test_the_fused_attention_is_as_close_to_the_truth(name, dtype, fresh_compiler):
     """From one token to many blocks, in one compilation. Guards against a plane, scale or zero of
     another group, a slot of another token, a mask that lets in what lies behind a row or drops the
     token between the boundaries of K and V, and a sum in half precision."""
-    attend = compiled_attention("cpu")
+    attend = compiled_for(name)
     R = SHAPES[name][3].get("residual", 128)
     for lengths in ((1, R - 1, R), (R + 1, 2 * R + 18, 300), (3, 450, 649), (649, 1, 600)):
         for calm in (1, 64):
@@ -160,7 +169,8 @@ class Layer:
 
 
 @pytest.mark.parametrize("name, dtype", (
-    ("all at once", torch.bfloat16),
+    ("small window", torch.bfloat16),
+    pytest.param("all at once", torch.bfloat16, marks=pytest.mark.slow),
     pytest.param("small window", torch.float32, marks=pytest.mark.slow),
     pytest.param("boosted, 4 sinks, values of 64", torch.float16, marks=pytest.mark.slow),
     pytest.param("K 2 V 8", torch.float16, marks=pytest.mark.slow)), ids=str)

@@ -214,6 +214,7 @@ def soak(folder, n_prompts, file, monkeypatch):
     return json.loads(out.splitlines()[-1]), memory
 
 
+@pytest.mark.slow
 @reads_proc
 def test_memory_stays_flat_over_waves(checkpoint, tmp_path, monkeypatch):
     """400 prompts in 25 waves. Guards against caches, graphs or results on the device that pile up

@@ -59,10 +59,10 @@ def test_compiled_decoding_recompiles_nothing_and_equals_eager(model, backend):
 
 
 @pytest.mark.parametrize("name, options", (
-    ("falcon 7b", FOUR),
+    pytest.param("falcon 7b", FOUR, marks=pytest.mark.slow),
     ("falcon new decoder", FULL),
     ("mistral, window", BOOSTED),
-    ("qwen2, window above layer 1", FULL),
+    pytest.param("qwen2, window above layer 1", FULL, marks=pytest.mark.slow),
     ("llama, rope dynamic", FOUR),
 ))
 def test_the_compiled_step_equals_the_eager_one(name, options, folders, backend):

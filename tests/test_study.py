@@ -28,6 +28,7 @@ def measured(*args, file):
     return result, out
 
 
+@pytest.mark.slow
 def test_the_quality_benchmark_runs_as_a_user_calls_it(tmp_path, monkeypatch):
     """Guards against a benchmark that rots: its tables, its JSON line, its file, bits that are not
     those of the buffers; and against answers that depend on the batch, or prompts on how the

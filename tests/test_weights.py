@@ -189,6 +189,7 @@ def test_a_written_checkpoint_is_the_model_quantized_at_load(weights, family, sh
     assert rel(logits, Transformer.from_pretrained(folder)(ids)) > 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_perplexity_with_quantized_weights_is_bounded(embedded):
     """Of the embedded checkpoint, 2,048 held-out tokens, against full precision: int8 within 0.5 %,
