@@ -25,7 +25,8 @@ from kivi import KiviCache
 
 sys.path.append(str(Path(__file__).resolve().parent / "tests"))
 from cache_cases import (  # noqa: E402
-    CASES, SHAPES, append, assert_same, fill, make_cache, make_tokens, refused, row_state, state)
+    CASES, SHAPES, append, assert_same, extend, fill, make_cache, make_tokens, refused, row_state,
+    state)
 from reference_cache import (  # noqa: E402
     DTYPES, HALF_EPS, KINDS, SMALLEST, attention64, drift_bound, error_bound, expected_reads,
     full_bytes, hostile_groups, kivi_bytes, randn, rel, scalar_dequantize, scalar_quantize,
@@ -555,8 +556,9 @@ def test_tokens_that_never_fill_a_block_need_no_codes(max_len):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any order of prefills, appends and resets of two ragged rows. After every step the cache is
-    compared with the closed form, and with a new one that got the same tokens in one prefill."""
+    """Any order of prefills, appends, extensions, forks, moves and resets of two ragged rows. After
+    every step the cache is compared with the closed form, and with a new one that got the same
+    tokens in one prefill."""
 
     capacity = 224
 
@@ -577,6 +579,25 @@ class CacheMachine(RuleBasedStateMachine):
         for _ in range(min(n, self.capacity - max(self.lengths))):
             append(self.cache, self.k, self.v, self.lengths)
             self.lengths = [m + 1 for m in self.lengths]
+
+    @rule(new=st.tuples(st.integers(0, 70), st.integers(0, 70)))
+    def extend(self, new):
+        new = [min(more, self.capacity - n) for more, n in zip(new, self.lengths)]
+        if max(new):
+            extend(self.cache, self.k, self.v, self.lengths, new)
+            self.lengths = [n + more for n, more in zip(self.lengths, new)]
+
+    @precondition(lambda self: min(self.lengths))
+    @rule(row=st.integers(0, 1))
+    def fork(self, row):
+        self.cache.fork(row, [1 - row])
+        self.k[1 - row], self.v[1 - row] = self.k[row], self.v[row]
+        self.lengths[1 - row] = self.lengths[row]
+
+    @rule()
+    def move(self):
+        saved, self.cache = self.cache.state(), make_cache(self.name, 2, self.capacity)
+        self.cache.load_state(saved)
 
     @precondition(lambda self: self.cache.length)
     @rule()

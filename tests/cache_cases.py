@@ -72,6 +72,21 @@ def append(cache, k, v, tokens):
     cache.append(at(k, tokens), at(v, tokens))
 
 
+def extend(cache, k, v, lengths, new, seed=0):
+    """Extends a cache whose rows hold the first `lengths` tokens of k and v by the next `new` ones,
+    with loud padding: (queries, result)."""
+    n = max(new)
+    parts = []
+    for x in (k, v):
+        part = torch.full_like(x[:, :, :n], 1e4)
+        for b, (first, more) in enumerate(zip(lengths, new)):
+            part[b, :, :more] = x[b, :, first : first + more]
+        parts.append(part)
+    heads = k.shape[1] * 2
+    q = randn(len(k), heads, n, k.shape[3], seed=seed, dtype=k.dtype)
+    return q, cache.extend(q, *parts, new)
+
+
 def state(cache):
     """Every byte of the cache by buffer, those behind its heads and rows too, and its lengths."""
     everything = {name: torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()).clone()

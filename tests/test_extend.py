@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 from cache_cases import (
-    SHAPES, append, assert_same, fill, make_cache, make_tokens, refused, row_state, state,
+    SHAPES, append, assert_same, extend, fill, make_cache, make_tokens, refused, row_state, state,
 )
 from hypothesis import given, settings, strategies as st
 from reference_cache import HALF_EPS, attention64, randn, rel
@@ -17,21 +17,6 @@ SOME = ("small window", "K 4 V 2", "40 sinks", "boosted, 4 sinks, values of 64",
 def quick(*names):
     """All caches; those that are not among these are slow."""
     return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in SHAPES]
-
-
-def extend(cache, k, v, lengths, new, seed=0):
-    """Extends a cache whose rows hold the first `lengths` tokens of k and v by the next `new` ones,
-    with loud padding: (queries, result)."""
-    n = max(new)
-    parts = []
-    for x in (k, v):
-        part = torch.full_like(x[:, :, :n], 1e4)
-        for b, (first, more) in enumerate(zip(lengths, new)):
-            part[b, :, :more] = x[b, :, first : first + more]
-        parts.append(part)
-    heads = k.shape[1] * 2
-    q = randn(len(k), heads, n, k.shape[3], seed=seed, dtype=k.dtype)
-    return q, cache.extend(q, *parts, new)
 
 
 @pytest.mark.parametrize("name", quick(*SOME, "paper", "all at once"))
