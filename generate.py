@@ -85,11 +85,11 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, *, top_k=None, top_
 
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         start = time.perf_counter()
-        token = _prefill(model, rows, held, decoder.sampling if decoder else sampling)
+        token = torch.zeros_like(model.cache.pos)[:, None]  # [B, 1]
         if decoder is None and speculate:
             decoder = speculator(model, token, speculate, draft, **sampling)
         decoder = decoder or Decoder(model, token, **sampling)
-        decoder.begin(token, rows)
+        decoder.begin(_prefill(model, rows, held, decoder.sampling), rows)
         before = Counter(decoder.counts)
         if token.is_cuda:
             torch.cuda.synchronize()
@@ -149,19 +149,18 @@ def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
     new = [[] for _ in limits]
     done = [limit == 0 for limit in limits]
     faults, row_steps = [], 0
-    for n_steps, newest in enumerate(decoder.steps(done, max(limits))):  # step 0 is the prefill
+    for n_steps, newest in enumerate(decoder.steps(done, new, limits)):  # step 0 is the prefill
         running = [row for row, ended in enumerate(done) if not ended]
         before = list(map(len, new))
         row_steps += len(running) if n_steps else 0
-        for row in running:
-            done[row] = _append(new[row], newest[row], limits[row], stop,
-                                until and partial(until, row))
-        for row in running:
-            if not done[row]:
-                continue
+        ends = {row: _append(new[row], newest[row], limits[row], stop,
+                             until and partial(until, row)) for row in running}
+        for row in filter(ends.get, running):
+            done[row] = True
+        for row in filter(ends.get, running):
             if not all(done):
                 decoder.model.cache.park(row)
-            if newest[row][-1] < 0:
+            if ends[row] == "fault":
                 faults.append(row)
             elif on_row:
                 on_row(row, new[row])
@@ -181,14 +180,16 @@ def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):
 
 def _append(row, tokens, limit, stop, until):
     """Appends the newest tokens of a row up to the one that ends it; a negative one stands for NaN.
-    Has the row ended?"""
+
+    returns "end", "fault", or None where the row goes on
+    """
     for token in tokens:
         if token < 0:
-            return True
+            return "fault"
         row.append(token)
         if token in stop or len(row) == limit or until and until(token):
-            return True
-    return False
+            return "end"
+    return None
 
 
 if __name__ == "__main__":

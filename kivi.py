@@ -41,9 +41,9 @@ PORTION = 2**21, 2**26  # elements read at once on a CPU, whose caches hold 8 MB
 
 
 class Cache(Buffers):
-    """The interface of both caches. `prefill`, `append` and `attend` check what they get. A decode
-    step that must never wait for the device calls their parts: `advance` counts on the host;
-    `write`, `quantize_value`, `quantize_keys` and `attention` work on tensors alone."""
+    """The interface of both caches. A decode step that must never wait for the device calls the
+    parts of `append` and `attend`, which check nothing: `advance` counts on the host; `write`,
+    `quantize_value`, `quantize_keys` and `attention` work on tensors alone."""
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device):
         super().__init__(batch, n_kv_heads, max_len, head_dim, dtype, device)
@@ -79,12 +79,13 @@ class Cache(Buffers):
                 raise ValueError(f"{name} holds NaN, inf or numbers too large for the cache")
 
     def check_new(self, least, lengths, **tensors):
-        """Raises ValueError unless n or `lengths` tokens a row can be stored; tensors [B, heads, n,
-        D]. Returns the tokens that a row will hold, [B] on the device."""
+        """Raises ValueError unless n or `lengths` tokens a row, of [B, heads, n, D], can be stored.
+        Returns the tokens that a row will hold, [B] on the device."""
         n = tensors["k"].shape[2] if tensors["k"].dim() == 4 else 1
         self.check(n, **tensors)
         lengths = [n] * self.batch if lengths is None else list(lengths)
-        if len(lengths) != self.batch or not all(x in range(least, n + 1) for x in lengths):
+        usable = n and all(x in range(least, n + 1) for x in lengths)
+        if len(lengths) != self.batch or not usable:
             raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}: {lengths}")
         longest = max(map(sum, zip(self.lengths, map(int, lengths))))
         if longest > self.max_len:
@@ -240,7 +241,6 @@ class FullCache(Cache):
         return length
 
     def fill(self, k, v, start, ends, row=0):
-        """See `KiviCache.fill`."""
         rows, starts = slice(row, row + len(k)), start[:, None]
         end = min(max(self.lengths[rows]) + k.shape[2], self.max_len)
         for first, last in slices(min(self.lengths[rows]), end, k[:, :, 0].numel(), 1):
@@ -292,8 +292,7 @@ class KiviCache(Cache):
         return self.config.slot(t)
 
     def used(self, name, length):
-        n = getattr(self, name).shape[2]
-        whole = name.endswith(("window", "order"))  # the others have room for `capacity` tokens
+        n, whole = getattr(self, name).shape[2], name.endswith(("window", "order"))
         return n if whole else n * self.config.capacity(length) // self.capacity
 
     def parts(self, name):
@@ -328,9 +327,10 @@ class KiviCache(Cache):
                     size = (end - begin) // y.shape[2]  # tokens of a stack, or of a group
                     merge(buffer[rows, :, begin // size : end // size], y, old, bits)
         t = c.in_window(ends - 1)
-        place = self.rows[rows, None], slice(None), c.slot(t)
+        place, new = (self.rows[rows, None], slice(None), c.slot(t)), (t < stops)[..., None, None]
         for name, x, window in (("k", k, self.k_window), ("v", v, self.v_window)):
-            window[place] = self.pick(name, x, t, starts, rows).transpose(1, 2)
+            x = self.pick(name, x, t, starts, rows).transpose(1, 2)  # [B, slots, Hk, D]
+            window[place] = torch.where(new, x, window[place])
 
     def pick(self, name, x, t, starts, rows):
         """Tokens t [B, n] of K or V: the window's up to `starts` [B, 1], then x [B, Hk, n, D]."""

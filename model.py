@@ -2,8 +2,8 @@
 
 What differs between Llama, Mistral, Falcon, Qwen and their kin is data in `ModelConfig`
 (checkpoint/config.py). There are three ways through the same layers: `model(tokens)` is the plain
-causal forward; `prefill` runs whole prompts with exact attention and fills the caches; `decode`
-runs one token a row through the caches, and is what gets compiled (fused/step.py).
+causal forward; `extend` reads prompts, exactly but for what the caches hold already, into them;
+`decode` runs one token a row through the caches, and is what gets compiled (fused/step.py).
 """
 from functools import partial
 from itertools import pairwise, takewhile
@@ -335,6 +335,9 @@ class Transformer(nn.Module):
         B, L = tokens.shape
         lengths = [L] * B if lengths is None else [int(n) for n in lengths]
         held = list(self.cache.lengths)
+        if len(held) != B or len(lengths) != B or not all(1 <= n <= L for n in lengths):
+            raise ValueError(f"{len(held)} rows of caches need as many rows of tokens and lengths "
+                             f"of 1 .. {L}, got {B} rows and {lengths}")
         ends = [n + more for n, more in zip(held, lengths)]
         if max(ends) > self.cache.max_len:
             raise ValueError(f"{max(ends)} tokens exceed the caches' {self.cache.max_len}")

@@ -367,7 +367,7 @@ class Buffers(nn.Module):
     def fork(self, row, rows):
         """Copies what a row holds into other rows: `rows` are their numbers."""
         for buffer in self.contents().values():
-            buffer[rows] = buffer[row].clone()
+            buffer[list(rows)] = buffer[row].clone()
         for other in rows:
             self.lengths[other] = self.lengths[row]
 

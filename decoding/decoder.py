@@ -86,13 +86,16 @@ class Decoder:
         self.token.copy_(token)
         self.checked.copy_(token)
 
-    def steps(self, done, most):
-        """Yields the newest tokens of each row, lists of one, up to `most` times; the first come
-        from the prefill. The next step is under way on the device meanwhile."""
+    def steps(self, done, new, limits):
+        """Yields the newest tokens of each row, lists of one, until the largest of the `limits`;
+        the first come from the prefill. The next step is under way on the device meanwhile.
+
+        done, new  of each row: has it ended, and its tokens so far; they are kept up to date
+        """
         mail = Mailbox()
         mail.post(self.checked)
-        for n in range(1, most + 1):
-            if n < most:
+        for n in range(1, max(limits) + 1):
+            if n < max(limits):
                 self()
                 mail.post(self.checked)
             yield [[token] for token in mail.read()]

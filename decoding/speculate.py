@@ -90,8 +90,15 @@ class SmallModel:
 def speculator(model, token, n_drafts, small=None, **sampling):
     """A Speculator over the caches of `model`, whose drafts come from a `small` model, if given.
 
-    raises ValueError: the small model has other tokens, or a shorter context
+    raises ValueError: the small model has other tokens, or a shorter context, or is the model
     """
+    if not 1 <= n_drafts <= 15:
+        raise ValueError(f"a step verifies 1 to 15 drafts, not {n_drafts}")
+    if model.config.rope_scaling.get("rope_type") == "dynamic":
+        raise ValueError("drafts do not work with a rotary embedding of type dynamic: its angles "
+                         "depend on how many tokens there are")
+    if small is model:
+        raise ValueError("the draft model must be an object of its own: its caches are its own")
     if small and small.config.vocab_size > model.config.vocab_size:
         raise ValueError(f"the draft model has {small.config.vocab_size} tokens, the model only "
                          f"{model.config.vocab_size}: they need the same tokenizer")
@@ -130,18 +137,19 @@ class Speculator(Decoder):
         self.texts = [row + more for row, more in zip(rows, token.tolist())]
         self.propose.begin(rows)
 
-    def steps(self, done, most):
+    def steps(self, done, new, limits):
         """As `Decoder.steps`, but several tokens at a time."""
         yield [text[-1:] for text in self.texts]
         while True:
-            yield self(done)
+            yield self([0 if ended else limit - len(row)
+                        for ended, row, limit in zip(done, new, limits)])
 
-    def __call__(self, done):
-        """One step: the new tokens of each row. A row that is `done` gets no drafts."""
+    def __call__(self, wanted):
+        """One step: the new tokens of each row, at most as many as are `wanted`, but always one."""
         cache = self.model.cache
         if cache.length >= cache.max_len:
             cache.advance()  # refuses
-        most = [0 if ended else self.most(row) for row, ended in enumerate(done)]
+        most = [max(0, min(self.most(row), n - 1)) for row, n in enumerate(wanted)]
         drafts = self.propose(self.texts, cache.lengths, most)
         rows = [text[-1:] + more for text, more in zip(self.texts, drafts)]
         padded = [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]
@@ -160,7 +168,7 @@ class Speculator(Decoder):
         if cache.completes_key_block():
             self.model.flush()
         for text, row in zip(self.texts, new):
-            text += row
+            text += [max(token, 0) for token in row]  # -1 stands for no number, and ends the row
         self.counts["proposed"] += sum(map(len, drafts))
         self.counts["accepted"] += sum(map(len, new)) - len(new)
         return new

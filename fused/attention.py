@@ -16,7 +16,7 @@ no code is ever moved to another place. Scores stay apart by plane, P tensors [.
 
 Blocks. Every block of C tokens has a softmax of its own (flash decoding). Else a pass over a whole
 row of scores would stand between the products, and one row would be too little work for a GPU. The
-window is one more block; `merge` weighs them all.
+window is one more block; `joined` weighs them all.
 
 Shapes: nb blocks, of U stacks each; M query heads share a KV head.
 """

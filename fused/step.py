@@ -1,7 +1,7 @@
 """The parts of a decode step, plain and compiled: each is compiled once and serves every layer.
 
 Attention stays apart from the linear layers, because it has compiler options of its own. On CUDA a
-graph of the whole step joins the parts (generate.py), so the seams cost nothing.
+graph of the whole step joins the parts (decoding/), so the seams cost nothing.
 """
 from dataclasses import dataclass
 from functools import partial

@@ -199,7 +199,7 @@ def parser():
     add("--top-p", type=float)
     add("--seed", type=int, default=0)
     add("--speculate", type=int, metavar="N", help="verify up to N drafts a step, 1 .. 15, which "
-        "are found in the text so far; the text stays the same where sampling is greedy")
+        "are found in the text so far; greedy text stays the same but for rounding")
     add("--draft", metavar="CHECKPOINT",
         help="--speculate: drafts come from this small model, which has the same tokenizer")
     add = p.add_argument_group("output").add_argument

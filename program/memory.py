@@ -84,11 +84,12 @@ def kv_read(model, length):
     return sum(traffic_of(layer.cache, length) for layer in model.layers)
 
 
-def needs(model, batch, prompt, max_len, kv, *, held=0, **options):
+def needs(model, batch, prompt, max_len, kv, *, held=0, drafts=0, **options):
     """Bytes of a run by part, from shapes alone: weights, codes, metadata, window, activations.
 
     prompt   tokens of the longest prompt, of which `held` are in the caches before it is read
     max_len  capacity of the caches; kv, options as in `Transformer.setup_caches`
+    drafts   so many are verified a step
 
     The parts of the caches equal the allocation. Activations estimate what a prefill or a decode
     step allocates beside weights and caches, whichever is more: nearly all of it on a CPU, on an
@@ -98,9 +99,9 @@ def needs(model, batch, prompt, max_len, kv, *, held=0, **options):
     weight = model.embed.weight
     config = model.kv_configs(kv, **options)[0]
     activations = max(_prefill_bytes(model, batch, prompt, held, config),
-                      _decode_bytes(model, batch, max_len, config))
+                      (1 + drafts) * _decode_bytes(model, batch, max_len, config))
     # Logits, and sampling in float32 and int64.
-    activations += batch * c.vocab_size * (2 * weight.itemsize + 12)
+    activations += (1 + drafts) * batch * c.vocab_size * (2 * weight.itemsize + 12)
     if c.weights:  # quantized, and written out a chunk at a time
         widest = c.dim * max(2 * c.hidden_dim, c.vocab_size)
         activations += min(linear.CHUNK, widest) * (2 * weight.itemsize + FLOAT)
@@ -178,7 +179,8 @@ class Budget:
         """What `needs` says, and the total, for rows of up to `capacity` tokens at their end."""
         run, prompt = self.run, min(self.prompt, capacity)
         held = min(self.held, prompt - 1)
-        parts = needs(run.model, batch, prompt, capacity, run.kv, held=held, **run.options)
+        parts = needs(run.model, batch, prompt, capacity, run.kv, held=held,
+                      drafts=run.speculate or 0, **run.options)
         if self.kept:
             parts["kept"] = self.kept
         if run.draft:

@@ -90,13 +90,22 @@ def test_on_an_empty_cache_it_is_a_prefill(name):
 
 
 @pytest.mark.parametrize("name", SOME)
+def test_an_empty_row_stays_empty(name):
+    """Guards against padding in its window."""
+    _, k, v = make_tokens(name, 2, 50)
+    cache = make_cache(name, 2)
+    extend(cache, k, v, [0, 0], [40, 0])
+    assert_same(row_state(cache, 1), row_state(make_cache(name), 0))
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_a_fork_is_the_row_itself(name):
     """Guards against a copy that shares memory with its source or leaves out a buffer, and against
     lengths that stay."""
     _, k, v = make_tokens(name, 3, 200)
     cache = make_cache(name, 3)
     fill(cache, k, v, [90, 5, 170])
-    cache.fork(2, [0, 1])
+    cache.fork(2, (0, 1))
     assert cache.lengths == [170, 170, 170] == cache.pos.tolist()
     assert_same(row_state(cache, 0), row_state(cache, 2))
     append(cache, k, v, [170, 171, 172])
@@ -171,6 +180,7 @@ def test_wrong_tokens_are_refused(kind):
         ((q[:, :, :1], x, x), ("q", 5)),
         ((q, x.half(), x), ("k",)),
         ((q, x[0], x), ("k",)),
+        ((q[:, :, :0], x[:, :, :0], x[:, :, :0]), ("lengths", 0)),
         ((q, x, x, [5]), ("lengths", 2)),
         ((q, x, x, [6, 1]), ("lengths", 5)),
         ((q, x, x, [-1, 1]), ("lengths", 5)),

@@ -260,3 +260,16 @@ def test_a_window_of_no_tokens_is_refused():
     for make in (FullCache, KiviCache):
         with pytest.raises(ValueError, match="sliding"):
             make(1, 1, 64, 32, sliding=0)
+
+
+@pytest.mark.parametrize("tokens, lengths, words", (
+    ([[1, 2, 3]] * 2, [0, 3], "1 .. 3"), ([[1, 2, 3]] * 2, [3, 7], "7"),
+    ([[1, 2, 3]], None, "2 rows"), ([[1, 2, 3]] * 3, None, "3 rows"),
+    ([[1] * 65] * 2, None, "67")))
+def test_prompts_that_do_not_fit_the_caches_are_refused(model, tokens, lengths, words):
+    """Guards against caches that are half written."""
+    model.setup_caches(2, 64, **SMALL)
+    model.prefill(torch.tensor([[5, 6]] * 2))
+    with pytest.raises(ValueError, match=words):
+        model.extend(torch.tensor(tokens), lengths)
+    assert model.cache.lengths == [2, 2] == model.cache.pos.tolist()

@@ -7,7 +7,7 @@ import torch
 from cache_cases import (
     CASES, SHAPES, assert_same, fill, make_cache, make_tokens, row_state,
 )
-from reference import SMALL, some_ids
+from reference import SMALL, changed, some_ids
 from reference_cache import HALF_EPS, randn, rel
 
 import generate
@@ -144,6 +144,72 @@ def test_the_text_may_fill_the_caches(model):
     model.setup_caches(1, 70, **SMALL)
     want = generate.generate(model, prompt, 40, stop=())
     assert generate.generate(model, prompt, 40, stop=(), speculate=6) == want
+
+
+def test_a_row_without_numbers_takes_no_other_row(model, monkeypatch):
+    """Logits of NaN in one row at the third step. Guards against a negative token that is read."""
+    prompts = [some_ids(9) * 3, some_ids(20)]
+    want = generate.generate(model, prompts, 30, stop=(), **SMALL)
+    verify, steps = Speculator.verify, []
+
+    def broken(self, tokens, count, t):
+        logits, drafts = verify(self, tokens, count, t)
+        steps.append(t)
+        if len(steps) == 3:
+            logits[0] = float("nan")
+        return logits, drafts
+
+    monkeypatch.setattr(Speculator, "verify", broken)
+    faults, ended = {}, {}
+    out = generate.generate(model, prompts, 30, stop=(), speculate=4, **SMALL,
+                            on_fault=faults.__setitem__, on_row=ended.__setitem__)
+    assert out[1] == want[1] and list(ended) == [1] and list(faults) == [0]
+    assert out[0] == want[0][: len(out[0])] and len(out[0]) < len(want[0])
+
+
+@pytest.mark.parametrize("steps, new, fault", (
+    ([[5]], [5], False),
+    ([[5], [7, 2, -1]], [5, 7, 2], False),  # a stop token before it
+    ([[5], [-1, 7]], [5], True),
+    ([[5], [3, 4], [6, -1]], [5, 3, 4, 6], True)))
+def test_what_ends_a_row_comes_first(model, steps, new, fault):
+    """A decoder that yields several tokens, -1 for no number. Guards against a row that is judged
+    by the last of them."""
+    class Steps(Speculator):
+        def steps(self, done, new, limits):
+            return iter([[step] for step in steps])
+
+    model.setup_caches(1, 60, "bf16")
+    decoder = Steps(model, torch.zeros(1, 1, dtype=torch.int64), 3, Lookups(), temperature=0.0)
+    faults, ended = {}, {}
+    out = generate.generate(model, [[1, 2]], len(new) if not fault else 9, stop={2},
+                            decoder=decoder, on_fault=faults.__setitem__, on_row=ended.__setitem__)
+    assert out == [[1, 2, *new]]
+    assert bool(faults) == fault and ended == ({} if fault else {0: new})
+
+
+def test_no_draft_goes_beyond_the_end(model):
+    """The model as its own draft model. Guards against caches that hold more than the text, behind
+    which a conversation cannot go on."""
+    draft = Transformer(model.config)
+    draft.load_state_dict(model.state_dict())
+    draft.set_rope()
+    model.setup_caches(1, 200, "bf16")
+    (out,) = generate.generate(model, [some_ids(10)], 13, stop=(), speculate=8, draft=draft.eval())
+    assert len(out) == 23 and model.cache.lengths == [22]
+
+
+def test_drafts_that_cannot_be_are_refused(model, checkpoint, tmp_path):
+    ids = [some_ids(10)]
+    for n in (-1, 16):
+        with pytest.raises(ValueError, match="15"):
+            generate.generate(model, ids, 5, speculate=n, **SMALL)
+    with pytest.raises(ValueError, match="its own"):
+        generate.generate(model, ids, 5, speculate=2, draft=model, **SMALL)
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
+    dynamic = Transformer.from_pretrained(changed(checkpoint, tmp_path, rope_scaling=scaling))
+    with pytest.raises(ValueError, match="dynamic"):
+        generate.generate(dynamic, ids, 5, speculate=2, **SMALL)
 
 
 class Stubborn(Lookups):
