@@ -109,12 +109,12 @@ def v_per_channel(mp):
     stored with 8 bits, so that nothing else happens to them."""
     fill, quantize_value = KiviCache.fill, KiviCache.quantize_value
 
-    def broken_fill(self, k, v, lengths, row=0):
+    def broken_fill(self, k, v, start, ends, row=0):
         n = v.shape[2] // 32 * 32
         groups = rounded(v[:, :, :n].unflatten(2, (-1, 32)), 3).flatten(2, 3)
-        fill(self, k, torch.cat([groups, v[:, :, n:]], 2), lengths, row)
+        fill(self, k, torch.cat([groups, v[:, :, n:]], 2), start, ends, row)
         packed = [self.v_packed.clone(), self.v_scale.clone(), self.v_zero.clone()]
-        fill(self, k, v, lengths, row)  # the window stays exact
+        fill(self, k, v, start, ends, row)  # the window stays exact
         for buffer, x in zip((self.v_packed, self.v_scale, self.v_zero), packed):
             buffer.copy_(x)
 
