@@ -169,11 +169,10 @@ class Layer:
 
 
 @pytest.mark.parametrize("name, dtype", (
-    ("small window", torch.bfloat16),
-    pytest.param("all at once", torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param("small window", torch.float32, marks=pytest.mark.slow),
-    pytest.param("boosted, 4 sinks, values of 64", torch.float16, marks=pytest.mark.slow),
-    pytest.param("K 2 V 8", torch.float16, marks=pytest.mark.slow)), ids=str)
+    ("small window", torch.bfloat16), ("all at once", torch.bfloat16),
+    ("small window", torch.float32), ("boosted, 4 sinks, values of 64", torch.float16),
+    ("K 2 V 8", torch.float16)), ids=str)
+@pytest.mark.slow
 def test_compiled_steps_leave_the_same_bytes(name, dtype, fresh_compiler):
     """Prompts and steps, compiled and plain. Guards against a compiler that divides or rounds in
     another way, and a compiled step that quantizes in rows which are too short."""

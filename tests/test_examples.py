@@ -29,8 +29,8 @@ def python(folder, *args):
     return run.stdout
 
 
-@pytest.mark.parametrize("arguments", ((), pytest.param(("--fused",), marks=pytest.mark.slow)),
-                         ids=("plain", "fused"))
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ((), ("--fused",)), ids=("plain", "fused"))
 def test_attention_only_runs_and_its_error_is_that_of_the_bits(arguments, tmp_path):
     """Guards against an import beyond the files that it names; attending before the token is
     appended (2 % at 8 bits)."""

@@ -195,6 +195,7 @@ def test_ragged_prompts_give_what_each_gives_alone(model, options):
         assert row == generate.generate(model, [prompt], 50, stop=(), **options)[0]
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_equal_the_same_prompts_alone(embedded):
     """Unequal prompts, so that flushes fall on different steps. Guards against one position or one
     schedule for the whole batch."""

@@ -63,8 +63,8 @@ def program(hub, offline, *args):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("offline", (pytest.param(True, marks=SLOW), False),
-                         ids=("HF_HUB_OFFLINE", "no network"))
+@SLOW
+@pytest.mark.parametrize("offline", (True, False), ids=("HF_HUB_OFFLINE", "no network"))
 def test_a_cached_checkpoint_works_offline(hub, offline):
     """As a user runs it. Guards against a program that asks the network for what it has."""
     code, out, err = program(hub, offline, "--checkpoint", TINYLLAMA, "--chat", "--prompt", "Hi",

@@ -219,6 +219,7 @@ class Stubborn(Lookups):
         return [self.drafts[:n] for n in most]
 
 
+@pytest.mark.slow
 def test_sampled_texts_keep_their_distribution(model):
     """2,400 texts of three sampled tokens with two drafts that are right in some of them, against
     the exact probabilities. Guards against drafts that are accepted too often, and against a token

@@ -83,6 +83,7 @@ def test_the_memory_benchmark_runs_as_a_user_calls_it(tmp_path):
         assert row["ratio"] == exact / packed
 
 
+@pytest.mark.slow
 def test_the_throughput_benchmark_runs_as_a_user_calls_it(tmp_path):
     """Guards against a benchmark that rots: its tables, its JSON line and its file; and against a
     batch beyond the budget, and steps that are added up wrongly."""
