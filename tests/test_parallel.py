@@ -40,7 +40,8 @@ def test_sums_go_through_each_others_memory_only_where_it_can_be_reached(
     assert asked == ["0"] * wanted
 
 
-@pytest.mark.parametrize("n", (2, pytest.param(4, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("n", (2, 4))
 def test_processes_that_share_the_heads_write_the_same_text(n, tmp_path):
     """The embedded checkpoint, a batch of 3 ragged prompts, 2-bit caches; with 4 processes, two
     hold each KV head. Guards against a sum that is missing, heads with another's keys, a slice of
