@@ -169,6 +169,7 @@ def test_memory_that_runs_out_halves_the_batch_or_ends_with_one_line(
     assert json.loads(last)["finished"] == len(lines) < len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_is_finished(checkpoint, tmp_path):
     """A real process and a real signal. Guards against results that exist only in memory, and a
     traceback."""

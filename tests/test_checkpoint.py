@@ -313,6 +313,7 @@ def test_a_checkpoint_that_cannot_be_used_gets_one_line(what, tmp_path):
         assert text in err, f"{text!r} is not in {err}"
 
 
+@pytest.mark.slow
 def test_no_damaged_config_ends_in_a_traceback(tmp_path):
     """Every entry in turn missing, null, negative, huge or of another kind: the model loads or a
     ValueError says why."""

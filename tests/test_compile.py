@@ -61,7 +61,7 @@ def test_compiled_decoding_recompiles_nothing_and_equals_eager(model, backend):
 @pytest.mark.parametrize("name, options", (
     pytest.param("falcon 7b", FOUR, marks=pytest.mark.slow),
     ("falcon new decoder", FULL),
-    ("mistral, window", BOOSTED),
+    pytest.param("mistral, window", BOOSTED, marks=pytest.mark.slow),
     pytest.param("qwen2, window above layer 1", FULL, marks=pytest.mark.slow),
     ("llama, rope dynamic", FOUR),
 ))

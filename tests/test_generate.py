@@ -239,6 +239,7 @@ def check_bytes(caches, others, b, row=0):
                 assert torch.equal(mine[name][b], other[name][row]), name
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=4, database=None,
           suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(1, 70), min_size=2, max_size=5),

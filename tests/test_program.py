@@ -350,6 +350,7 @@ class Console:
         os.write(self.master, text)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_answer_and_not_the_program():
     """A real process on a terminal. Guards against an interrupt that ends the program, loses what
     was said, or shows a traceback."""

@@ -247,6 +247,7 @@ def test_wrong_weights_are_refused_in_one_line(name, checkpoint, tmp_path):
     check_error(run("--checkpoint", folder, *option), named)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_refused(checkpoint, tmp_path):
     """Guards against a traceback, half a checkpoint, overwritten files, and codes quantized once
     more."""
