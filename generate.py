@@ -18,7 +18,7 @@ import torch
 from checkpoint.config import ModelConfig
 from checkpoint.hub import resolve
 from checkpoint.text import load_tokenizer
-from decoding.decoder import Decoder, sample
+from decoding.decoder import Decoder, padded, sample
 from decoding.speculate import speculator
 from model import Transformer
 
@@ -135,12 +135,9 @@ def _make_room(model, rows, limits, kv, options, held):
 
 def _prefill(model, rows, held, sampling):
     """Reads the prompts and samples behind them: the first new token of each row, [B, 1]."""
-    rows = [row[held:] for row in rows]
-    lengths = [len(row) for row in rows]
-    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
-    padded = torch.tensor(padded, device=model.embed.weight.device)
+    new = padded([row[held:] for row in rows], model.embed.weight.device)
     read = model.extend if held else model.prefill
-    return sample(read(padded, lengths), **sampling)[:, None]
+    return sample(read(*new), **sampling)[:, None]
 
 
 def _decode(decoder, limits, stop, until, on_token, on_row, on_fault):

@@ -5,19 +5,17 @@ What differs between Llama, Mistral, Falcon, Qwen and their kin is data in `Mode
 causal forward; `extend` reads prompts, exactly but for what the caches hold already, into them;
 `decode` runs one token a row through the caches, and is what gets compiled (fused/step.py).
 """
-from functools import partial
 from itertools import pairwise, takewhile
 
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import all_reduce
-from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from checkpoint.config import ACTIVATIONS, ModelConfig, layer_bits
 from checkpoint.rope import dynamic_frequencies, rope_frequencies, rotate
 from checkpoint.shares import shard
 from checkpoint.weights import load_weights
+from fused.full import causal
 from fused.linear import QuantizedLinear, weight_format
 from fused.step import Step, compiled_quantizer, compiled_step, warm_quantizer
 from kivi import FullCache, KiviCache, quantize_groups
@@ -47,31 +45,6 @@ def make_linear(c, inputs, outputs, bias):
     if c.weights is None:
         return nn.Linear(inputs, outputs, bias=bias)
     return QuantizedLinear(inputs, outputs, *c.weights, bias)
-
-
-def causal(q, k, v, window=None, chunk=512):
-    """Exact attention of the last c of T tokens, over the newest `window` of them if given.
-
-    q [B, H, c, D]; k, v [B, Hk, T, D] -> [B, H, c, D]
-    """
-    c, T = q.shape[2], k.shape[2]
-    attend = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
-    window = window or T
-    if c == T <= window:
-        return attend(q, k, v, is_causal=True)
-    if q.is_cuda and T <= window:
-        # A flag of the flash kernel, not a tensor.
-        return attend(q, k, v, attn_mask=causal_lower_right(c, T))
-    t = torch.arange(T, device=q.device)
-    out = torch.empty_like(q)
-    for first in range(T - c, T, chunk):  # only keys that these queries see; no mask of T x T
-        end = min(first + chunk, T)
-        keys = slice(max(0, first - window + 1), end)
-        queries = slice(first - T + c, end - T + c)
-        own = t[first:end, None]
-        seen = (t[keys] <= own) & (t[keys] > own - window)
-        out[:, :, queries] = attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=seen)
-    return out
 
 
 class Attention(nn.Module):

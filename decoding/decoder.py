@@ -36,6 +36,13 @@ def checked(token, logits):
     return torch.where(torch.isfinite(logits.amax(-1)).view(token.shape), token, -1)
 
 
+def padded(rows, device):
+    """(tokens [B, L] right-padded with 0, lengths) of B lists of tokens."""
+    lengths = [len(row) for row in rows]
+    rows = [row + [0] * (max(lengths) - len(row)) for row in rows]
+    return torch.tensor(rows, device=device), lengths
+
+
 @lru_cache
 def side_stream(device):
     """A CUDA stream beside the main one, for each device always the same.

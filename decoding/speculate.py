@@ -12,7 +12,7 @@ from os.path import commonprefix  # of any lists
 
 import torch
 
-from decoding.decoder import Decoder, bucket, checked, sample
+from decoding.decoder import Decoder, bucket, checked, padded, sample
 from fused.step import DraftStep, compiled_draft_step
 
 GRAMS = 3, 2  # tokens that must be alike before what followed them is proposed
@@ -68,9 +68,7 @@ class SmallModel:
         common = [min(n, len(row) - 1) for n, row in zip(common, rows)]
         self.model.cache.set_lengths(common)
         new = [row[n:] for n, row in zip(common, rows)]
-        lengths = list(map(len, new))
-        padded = [row + [0] * (max(lengths) - len(row)) for row in new]
-        self.model.extend(torch.tensor(padded, device=self.decoder.token.device), lengths)
+        self.model.extend(*padded(new, self.decoder.token.device))
         self.held = rows
 
     def __call__(self, texts, lengths, most):
@@ -152,8 +150,8 @@ class Speculator(Decoder):
         most = [max(0, min(self.most(row), n - 1)) for row, n in enumerate(wanted)]
         drafts = self.propose(self.texts, cache.lengths, most)
         rows = [text[-1:] + more for text, more in zip(self.texts, drafts)]
-        padded = [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]
-        self.input.copy_(torch.tensor(padded))
+        self.input.copy_(torch.tensor(
+            [row + [0] * (self.n - len(row)) + [len(row)] for row in rows]))
         length = cache.length + self.n
         length = bucket(length, cache.block) if self._captures else length
         t = cache.tokens(length)

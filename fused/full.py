@@ -1,11 +1,38 @@
-"""Attention over `FullCache`, compiled: the strongest form that the library has."""
-from functools import lru_cache
+"""Attention in full precision: of prompts, and compiled over `FullCache`, in the strongest form
+that the library has."""
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import causal_lower_right
 
 from fused.attention import dynamic, first
+
+
+def causal(q, k, v, window=None, chunk=512):
+    """Exact attention of the last c of T tokens, over the newest `window` of them if given.
+
+    q [B, H, c, D]; k, v [B, Hk, T, D] -> [B, H, c, D]
+    """
+    c, T = q.shape[2], k.shape[2]
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    window = window or T
+    if c == T <= window:
+        return attend(q, k, v, is_causal=True)
+    if q.is_cuda and T <= window:
+        # A flag of the flash kernel, not a tensor.
+        return attend(q, k, v, attn_mask=causal_lower_right(c, T))
+    t = torch.arange(T, device=q.device)
+    out = torch.empty_like(q)
+    for first in range(T - c, T, chunk):  # only keys that these queries see; no mask of T x T
+        end = min(first + chunk, T)
+        keys = slice(max(0, first - window + 1), end)
+        queries = slice(first - T + c, end - T + c)
+        own = t[first:end, None]
+        seen = (t[keys] <= own) & (t[keys] > own - window)
+        out[:, :, queries] = attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=seen)
+    return out
 
 
 def compiled_full_attention():

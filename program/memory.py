@@ -12,7 +12,7 @@ from program.parallel import least_of_all
 SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round and fragment
 FLOAT = 4  # bytes of a float32, in which norms, rotations, softmax and quantization are computed
 LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
-MASKED = 512  # queries that share a mask, see `model.causal`
+MASKED = 512  # queries that share a mask, see `causal` in fused/full.py
 BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
 PAST = 4 * FLOAT  # bytes for each channel of a KV head of a token that is held, see `extend`
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.

@@ -10,7 +10,6 @@ from reference import (
 from reference_cache import rel
 
 import generate
-import model as model_file
 from kivi import FullCache, KiviCache
 from model import Transformer, causal
 
@@ -196,7 +195,7 @@ def test_prefill_attends_to_the_window(T, window, chunk, monkeypatch):
     """Guards against a window that is off by one, and against a mask as large as the square of the
     text."""
     masks = []
-    sdpa = model_file.F.scaled_dot_product_attention
+    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def spy(*args, attn_mask=None, **options):
         masks.append(0 if attn_mask is None else attn_mask.numel())
@@ -204,7 +203,7 @@ def test_prefill_attends_to_the_window(T, window, chunk, monkeypatch):
 
     q, k, v = noise("q", 2, 4, T, 16), noise("k", 2, 2, T, 16), noise("v", 2, 2, T, 16)
     age = torch.arange(T)[:, None] - torch.arange(T)
-    monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     want = dense(q, k, v, (age >= 0) & (age < (window or T)))
     for first in (0, 5, T - 1):  # queries of the last tokens
         out = causal(q[:, :, first:], k, v, window, chunk)
