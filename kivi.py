@@ -143,9 +143,9 @@ class Cache(Buffers):
         if self.pos.device.type == "cpu":
             self.check_finite(slice(None), k=k, v=v)
         self.advance()
-        self.write(k, v, self.pos)
+        self.write(k, v, self.pos[:, None])
         if self.evicts_value():  # V: some row is longer than R
-            self.quantize_value(self.pos)
+            self.quantize_value(self.pos[:, None])
         if self.completes_key_block():  # K: some row's length is a multiple of R
             self.quantize_keys(self.pos)
         self.pos += 1
@@ -213,10 +213,10 @@ class Cache(Buffers):
         return t <= pos if self.sliding is None else (t <= pos) & (t > pos - self.sliding)
 
     def write(self, k, v, pos):
-        """Writes token pos [B] of every row into the window: k, v [B, Hk, 1, D]."""
-        slot = self.slot(pos)
-        self.k_window[self.rows, :, slot] = k[:, :, 0]
-        self.v_window[self.rows, :, slot] = v[:, :, 0]
+        """Writes tokens pos [B, n] of every row into the window: k, v [B, Hk, n, D]."""
+        place = self.rows[:, None], slice(None), self.slot(pos)
+        self.k_window[place] = k.transpose(1, 2)
+        self.v_window[place] = v.transpose(1, 2)
 
     def completes_key_block(self):
         return False  # a full-precision cache quantizes nothing
@@ -359,11 +359,12 @@ class KiviCache(Cache):
         return any(n % self.config.residual == 0 for n in self.lengths)
 
     def quantize_value(self, pos):
-        """Quantizes the value of token pos - R, where there is one; pos [B] is the newest token."""
+        """Quantizes the value of token pos - R, where there is one, for each of the newest tokens
+        pos [B, n], n <= G: tokens that share a byte lie G apart."""
         G, evicted = self.config.group_size, pos >= self.config.residual
         t = (pos - self.config.residual).clamp(min=0)
-        new = value_codes(self.v_window[self.rows, :, self.slot(t)], self.config)  # [B, Hk, D]
-        self.store("v", t // G, (slice(None), t % G), evicted, new)
+        values = self.v_window[self.rows[:, None], :, self.slot(t)]  # [B, n, Hk, D]
+        self.store("v", t // G, (slice(None), t % G), evicted, value_codes(values, self.config))
 
     def quantize_keys(self, pos):
         """Quantizes the last R keys of the rows whose newest token pos [B] completes a block."""
@@ -376,20 +377,19 @@ class KiviCache(Cache):
         new = key_codes(keys, c, self.order())
         for i, group in enumerate(t[:, ::G].unbind(1)):
             # A last key block that max_len cuts off has no room for codes, and never completes.
-            group = (group // G).clamp(max=self.capacity // G - 1)
-            self.store("k", group, (), (pos + 1) % R == 0, [x[:, :, i] for x in new])
+            group = (group // G).clamp(max=self.capacity // G - 1)[:, None]
+            self.store("k", group, (), (pos[:, None] + 1) % R == 0, [x[:, None, :, i] for x in new])
 
     def store(self, name, group, token, chosen, new):
-        """Stores codes, scale and zero of a `group` [B] of tokens, or of one `token` of it.
-
-        Rows that are not `chosen` [B] stay as they are: an `if` would wait for the device.
+        """Stores codes, scale and zero [B, n, ..] of groups of tokens, `group` [B, n], or of one
+        `token` of each. What is not `chosen` [B, n] stays: an `if` would wait for the device.
         """
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         for part, x in zip(("packed", "scale", "zero"), new):
             buffer = getattr(self, f"{name}_{part}")
-            shape = (-1, *[1] * (x.dim() - 1))
+            shape = (*group.shape, *[1] * (x.dim() - 2))
             entry = group * bits // 8 if part == "packed" else group  # a stack, or a group
-            place = (self.rows, slice(None), entry, *token)
+            place = (self.rows[:, None], slice(None), entry, *token)
             old = buffer[place]
             if part == "packed":
                 shift = (group * bits % 8).view(shape)

@@ -30,10 +30,10 @@ def before(layer, x, cos, sin, pos):
     """What precedes attention: puts the token's K and V into the cache, returns q [B, H, 1, D]."""
     q, k, v = layer.attention.qkv(layer.attention_norm(x), cos, sin)
     cache = layer.cache
-    cache.write(k, v, pos)
+    cache.write(k, v, pos[:, None])
     always = q.is_cuda or torch.compiler.is_compiling()  # a CUDA graph has no `if` of the host
     if isinstance(cache, KiviCache) and (always or cache.evicts_value()):
-        cache.quantize_value(pos)  # it changes no row that is too short
+        cache.quantize_value(pos[:, None])  # it changes no row that is too short
     return q
 
 
@@ -81,9 +81,7 @@ def append_drafts(cache, k, v, pos, count):
     """Writes the first `count` [B] drafts behind the pos [B] tokens of a full-precision cache."""
     # The others might lie beyond its end: in their place the last one is written again.
     i = torch.arange(k.shape[2], device=pos.device).minimum(count[:, None] - 1)  # [B, n]
-    place = cache.rows[:, None], slice(None), pos[:, None] + i
-    cache.k_window[place] = take(k, i).transpose(1, 2)
-    cache.v_window[place] = take(v, i).transpose(1, 2)
+    cache.write(take(k, i), take(v, i), pos[:, None] + i)
 
 
 def between_drafts(layer, following, x, y, cos, sin, pos, count):
@@ -100,12 +98,12 @@ def commit(cache, k, v, pos, accepted):
     on, at least one, as so many decode steps would. None but the last has completed a key block."""
     if isinstance(cache, FullCache):
         return  # they are there
-    for i in range(k.shape[2]):
-        # A row with fewer writes its last one again, which changes nothing: no `if` of the host.
-        place = (accepted - 1).clamp(max=i)
-        k_new, v_new = (take(x, place[:, None]) for x in (k, v))
-        cache.write(k_new, v_new, pos + place)
-        cache.quantize_value(pos + place)
+    # A row with fewer writes its last one again, which changes nothing: no `if` of the host.
+    i = torch.arange(k.shape[2], device=pos.device).minimum(accepted[:, None] - 1)  # [B, n]
+    newest = pos[:, None] + i
+    for some in newest.split(cache.config.group_size, 1):
+        cache.quantize_value(some)  # before others take the places of these values
+    cache.write(take(k, i), take(v, i), newest)
 
 
 @dataclass

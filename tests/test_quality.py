@@ -120,7 +120,7 @@ def v_per_channel(mp):
 
     def broken_quantize_value(self, pos):
         row = torch.arange(self.batch)
-        oldest = (pos - self.config.residual).clamp(min=0)
+        oldest = (pos[:, 0] - self.config.residual).clamp(min=0)
         t = oldest[:, None] + torch.arange(32)  # its range is that of the 32 oldest there
         exact = self.v_window.clone()
         values = self.v_window[row[:, None], :, self.slot(t)]  # [B, 32, Hk, D]

@@ -86,6 +86,21 @@ def test_accepted_drafts_are_committed_as_single_tokens(name):
         assert_same(row_state(alone, 0), row_state(cache, b))
 
 
+def test_drafts_may_be_more_than_a_group():
+    """Groups of 8 and 12 drafts: two of the values that leave share a byte. Guards against one that
+    is written over the other."""
+    cache, held, accepted = make_cache("groups of 8", 2, 120), (48, 73), (12, 9)
+    _, k, v = make_tokens("groups of 8", 2, 120)
+    fill(cache, k, v, held)
+    new = (torch.stack([x[b, :, n : n + 12] for b, n in enumerate(held)]) for x in (k, v))
+    commit(cache, *new, cache.pos, torch.tensor(accepted))
+    cache.set_lengths([n + more for n, more in zip(held, accepted)])
+    for b, (n, more) in enumerate(zip(held, accepted)):
+        alone = make_cache("groups of 8", 1, 120)
+        fill(alone, k[b : b + 1], v[b : b + 1], [n], more)
+        assert_same(row_state(alone, 0), row_state(cache, b))
+
+
 def test_a_lookup_proposes_what_followed_last():
     lookup = Lookup()
     text = [1, 2, 3, 4, 9, 2, 3, 5, 7, 8]
