@@ -21,6 +21,7 @@ from checkpoint.text import load_tokenizer
 from decoding.decoder import Decoder, padded, sample
 from decoding.speculate import speculator
 from model import Transformer
+from neighbours import registry  # noqa: F401 - more names for kv
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,6 +5,7 @@ What differs between Llama, Mistral, Falcon, Qwen and their kin is data in `Mode
 causal forward; `extend` reads prompts, exactly but for what the caches hold already, into them;
 `decode` runs one token a row through the caches, and is what gets compiled (fused/step.py).
 """
+from dataclasses import replace
 from itertools import pairwise, takewhile
 
 import torch
@@ -20,6 +21,17 @@ from fused.linear import QuantizedLinear, weight_format
 from fused.step import Step, compiled_quantizer, compiled_step, warm_quantizer
 from kivi import FullCache, KiviCache, quantize_groups
 from quantize import PRESETS, KVConfig
+
+OTHERS = {}  # caches by name, see neighbours/registry.py: (text behind the colon, model) -> configs
+
+
+def make_cache(config, *shape, **kind):
+    """The cache of a config; None is full precision. The other arguments are those of FullCache."""
+    if config is None:
+        return FullCache(*shape, **kind)
+    if type(config) is KVConfig:
+        return KiviCache(*shape, **vars(config), **kind)
+    return config.make(*shape, **kind)
 
 
 class RMSNorm(nn.Module):
@@ -118,12 +130,14 @@ class Block(nn.Module):
         """
         c = self.config
         B, T, _ = x.shape
-        P = self.cache.lengths[row]
+        P, past = self.cache.lengths[row], ()
+        if P:
+            past = self.cache.dequantized(slice(row, row + B))
+            P = past[0].shape[2]  # a cache may have dropped tokens
         k = x.new_empty(B, c.n_kv_heads, P + T, c.head_dim)
         v = torch.empty_like(k)
-        if P:
-            for new, held in zip((k, v), self.cache.dequantized(slice(row, row + B))):
-                new[:, :, :P] = held
+        for new, held in zip((k, v), past):
+            new[:, :, :P] = held
         finite = []
         for first in range(0, T, chunk):
             part = x[:, first : first + chunk]
@@ -133,6 +147,8 @@ class Block(nn.Module):
             k[:, :, P + first : P + end] = new_k
             v[:, :, P + first : P + end] = new_v
             finite += [torch.isfinite(q).all(), *map(self.cache.storable, (new_k, new_v))]
+            if hasattr(self.cache, "observe"):  # it ranks tokens by the attention they get
+                self.cache.observe(q, k[:, :, : P + end], row)
             y = causal(q, k[:, :, : P + end], v[:, :, : P + end], self.window)
             x[:, first:end] = self.after(part, y)
         self.cache.fill(k[:, :, P:], v[:, :, P:], start, ends, row)
@@ -233,7 +249,8 @@ class Transformer(nn.Module):
     def setup_caches(self, batch, max_len, kv="kivi2", **options):
         """Allocates one cache a layer.
 
-        kv      "bf16" (full precision, in the model's dtype), a name of PRESETS, or "kvtuner:FILE"
+        kv      "bf16" (full precision, in the model's dtype), a name of PRESETS, "kvtuner:FILE", or
+                a name of OTHERS, with what it asks for behind a colon
         options override the preset, see KVConfig
         raises  ValueError: unknown kv, what the cache refuses, or more than the model's context
         """
@@ -245,10 +262,8 @@ class Transformer(nn.Module):
         kind = {"dtype": self.embed.weight.dtype, "device": self.embed.weight.device}
         for layer, config in zip(self.layers, self.kv_configs(kv, **options)):
             window = layer.window if layer.window and layer.window < max_len else None
-            if config is None:
-                layer.cache = FullCache(*shape, sliding=window, **kind)
-            else:
-                layer.cache = KiviCache(*shape, sliding=window, **vars(config), **kind)
+            layer.cache = make_cache(config, *shape, sliding=window, **kind)
+            if config is not None:
                 layer.cache.quantizer = self.quantizer
         for layer in self.layers[1:]:  # one schedule for all layers
             layer.cache.pos = self.cache.pos
@@ -259,17 +274,19 @@ class Transformer(nn.Module):
 
     def kv_configs(self, kv, **options):
         """The KVConfig of every layer, None for full precision; see `setup_caches`."""
-        n_layers = self.config.n_layers
+        n_layers, (name, _, argument) = self.config.n_layers, kv.partition(":")
         if kv == "bf16":
             return [None] * n_layers
-        if kv.startswith("kvtuner:"):
-            bits = layer_bits(kv.removeprefix("kvtuner:"), n_layers)
-            presets = [{"k_bits": k_bits, "v_bits": v_bits} for k_bits, v_bits in bits]
+        if name == "kvtuner":
+            configs = [KVConfig(*bits) for bits in layer_bits(argument, n_layers)]
         elif kv in PRESETS:
-            presets = [vars(PRESETS[kv])] * n_layers
+            configs = [PRESETS[kv]] * n_layers
+        elif name in OTHERS:
+            configs = OTHERS[name](argument, self)
         else:
-            raise ValueError(f"unknown kv {kv!r}; known: bf16, {', '.join(PRESETS)}, kvtuner:FILE")
-        configs = [KVConfig(**{**preset, **options}) for preset in presets]
+            known = ["bf16", *PRESETS, "kvtuner:FILE", *OTHERS]
+            raise ValueError(f"unknown kv {kv!r}; known: {', '.join(known)}")
+        configs = [replace(config, **options) for config in configs]
         for config in configs:
             config.check(self.config.head_dim)
         return configs
@@ -368,7 +385,7 @@ class Transformer(nn.Module):
     def flush(self):
         """Quantizes the blocks of K that the last decode step completed."""
         for layer in self.layers:
-            if isinstance(layer.cache, KiviCache):
+            if not isinstance(layer.cache, FullCache):
                 self.step.flush(layer, self.cache.pos - 1)
 
     def compile(self, prefill=False):

@@ -14,6 +14,7 @@ import torch
 
 from decoding.decoder import Decoder, bucket, checked, padded, sample
 from fused.step import DraftStep, compiled_draft_step
+from kivi import FullCache, KiviCache
 
 GRAMS = 3, 2  # tokens that must be alike before what followed them is proposed
 
@@ -95,6 +96,9 @@ def speculator(model, token, n_drafts, small=None, **sampling):
     if model.config.rope_scaling.get("rope_type") == "dynamic":
         raise ValueError("drafts do not work with a rotary embedding of type dynamic: its angles "
                          "depend on how many tokens there are")
+    if any(type(layer.cache) not in (FullCache, KiviCache) for layer in model.layers):
+        raise ValueError("drafts do not work with this kind of cache: leave out --speculate, or "
+                         "choose another --kv")
     if small is model:
         raise ValueError("the draft model must be an object of its own: its caches are its own")
     if small and small.config.vocab_size > model.config.vocab_size:

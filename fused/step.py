@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from fused.attention import compiled_attention
+from fused.attention import compiled_attention, dynamic
 from fused.drafts import drafted, fused_drafted, leaving
 from fused.full import compiled_full_attention
 from fused.linear_launches import SMALL, compiled_weights
@@ -132,12 +132,19 @@ def compiling(config, device):
 def compiled_step(config, device):
     """The functions of a `Step`, compiled for `device`."""
     compiled, linear = compiling(config, device)
-    kivi, full = compiled_attention(device), compiled_full_attention()
+    forms = {FullCache: compiled_full_attention(), KiviCache: compiled_attention(device)}
+    plain = compiled(attend)
 
-    def attend(cache, q, pos, t):
-        return (full if isinstance(cache, FullCache) else kivi)(cache, q, pos, t)
+    def attend_any(cache, q, pos, t):
+        kind = type(cache)
+        if kind in forms:
+            return forms[kind](cache, q, pos, t)
+        if not hasattr(kind, "fused"):
+            return plain(cache, q, pos, dynamic(t))
+        forms[kind] = compiled_attention(device, kind.fused)
+        return forms[kind](cache, q, pos, t)
 
-    return Step(compiled(start), linear(before), attend, linear(between), linear(last),
+    return Step(compiled(start), linear(before), attend_any, linear(between), linear(last),
                 compiled(flush))
 
 

@@ -1,12 +1,14 @@
 """What a run takes in memory, and what there is: a run that cannot fit is refused beforehand."""
 from bisect import bisect_left
 from collections import Counter
+from functools import partial
 
 import torch
 
 from checkpoint.room import free_bytes, size
 from fused import linear
-from kivi import PORTION, FullCache, KiviCache, slices
+from kivi import PORTION, FullCache, slices
+from model import make_cache
 from program.parallel import least_of_all
 
 SAFE = 0.97  # share of the free memory that a batch is chosen for: allocators round and fragment
@@ -35,7 +37,7 @@ def cache_sizes(kind, *shape, **options):
     parts = {"codes": 0, "metadata": 0, "window": 0, "positions": 0}
     names = {"packed": "codes", "scale": "metadata", "zero": "metadata", "window": "window"}
     for name, buffer in kind(*shape, **options, device="meta").named_buffers():
-        part = names.get(name[2:], "positions")
+        part = names.get(name.split(".")[-1][2:], "positions")
         parts[part] += buffer.untyped_storage().nbytes()
     return parts
 
@@ -46,10 +48,8 @@ def cache_parts(model, batch, max_len, kv, **options):
     shape = batch, c.n_kv_heads, max_len, c.head_dim
     parts = {"codes": 0, "metadata": 0, "window": 0}
     for config, n_layers in Counter(model.kv_configs(kv, **options)).items():
-        if config is None:
-            layer = {"codes": sum(cache_sizes(FullCache, *shape, dtype=dtype).values())}
-        else:
-            layer = cache_sizes(KiviCache, *shape, dtype=dtype, **vars(config))
+        sizes = cache_sizes(partial(make_cache, config), *shape, dtype=dtype)
+        layer = sizes if config else {"codes": sum(sizes.values())}
         for name, n_bytes in layer.items():
             parts["window" if name == "positions" else name] += n_layers * n_bytes
     return parts
@@ -59,6 +59,8 @@ def traffic_of(cache, length):
     """Bytes of one layer's cache that attention must read for a row of `length` tokens."""
     D = cache.head_dim
     seen = min(length, cache.sliding or length)
+    if hasattr(cache, "traffic"):
+        return cache.traffic(length)
     if isinstance(cache, FullCache):
         return 2 * cache.n_kv_heads * seen * D * cache.dtype.itemsize
     c = cache.config

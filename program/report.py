@@ -9,6 +9,7 @@ import torch
 from program.console import note, tell
 from program.memory import cache_bytes, cache_parts, kv_read, largest, weights_read
 from program.parallel import processes, rank
+from quantize import KVConfig
 
 COMPILE_TAKES = {"cuda": 37, "cpu": 40}  # seconds with empty caches, at any depth of the model
 # Seconds that a compiled step on CUDA saves, estimated: for the many small kernels of a layer, and
@@ -159,7 +160,8 @@ def remarks(run, length):
     """What explains the statistics of a run whose longest row reached `length` tokens."""
     text = ""
     config = run.model.kv_configs(run.kv, **run.options)[0]
-    if config and (length - 1) // config.residual * config.residual <= config.sink:
+    is_kivi = type(config) is KVConfig
+    if is_kivi and (length - 1) // config.residual * config.residual <= config.sink:
         text += ("; all tokens still lie in the exact window: "
                  f"{config.v_bits} bits pay from about {pays_from(run)} tokens")
     if not run.model.compiled and run.compile is None:

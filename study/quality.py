@@ -156,10 +156,11 @@ def print_answers(rows):
 
 
 def prefilled(model, tokens):
-    """Exact prefill of tokens [B, L]: ((k, v) [B, Hk, L, D] of every layer, logits [B, V])."""
+    """Exact prefill of tokens [B, L]: ((k, v) [B, Hk, L, D] of every layer, logits [B, V], tokens).
+    """
     model.setup_caches(*tokens.shape, "bf16")
     logits = model.prefill(tokens)
-    return [layer.cache.dequantized() for layer in model.layers], logits
+    return [layer.cache.dequantized() for layer in model.layers], logits, tokens
 
 
 def decoded(model, cache, prompt, tokens):
@@ -168,7 +169,7 @@ def decoded(model, cache, prompt, tokens):
     cache   arguments of setup_caches: token by token through real caches; a Fake: all at once
     prompt  what `prefilled` returned for the tokens before
     """
-    prompt_kv, logits = prompt
+    prompt_kv, logits, read = prompt
     logits = [logits[:, None]]
     if isinstance(cache, Fake):
         logits.append(simulate(model, cache, prompt_kv, tokens))
@@ -176,9 +177,12 @@ def decoded(model, cache, prompt, tokens):
         length = prompt_kv[0][0].shape[2]
         model.setup_caches(len(tokens), length + tokens.shape[1], **cache)
         nothing = torch.zeros_like(model.cache.pos)
-        for layer, (k, v) in zip(model.layers, prompt_kv):
-            layer.cache.fill(k, v, nothing, nothing + length)
-        at_length(model, length)
+        if hasattr(model.cache, "observe"):
+            model.prefill(read)  # it must see the queries, too
+        else:
+            for layer, (k, v) in zip(model.layers, prompt_kv):
+                layer.cache.fill(k, v, nothing, nothing + length)
+            at_length(model, length)
         for token in tokens.split(1, 1):
             model.cache.advance()
             logits.append(model.decode(token, model.cache.tokens(model.cache.length))[:, None])
