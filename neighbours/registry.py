@@ -17,6 +17,10 @@ and the cache may have, beside what kivi.Cache has,
 A decode step may run twice at the same position before the next one, and must leave the same state:
 the first run of a CUDA graph warms up.
 """
-from model import OTHERS
+from functools import partial
 
-OTHERS |= {}
+from model import OTHERS
+from neighbours import retrieve
+from quantize import PRESETS
+
+OTHERS |= {name: partial(retrieve.configs, preset) for name, preset in PRESETS.items()}
