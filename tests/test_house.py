@@ -36,7 +36,8 @@ neighbours.predict neighbours.skip neighbours.registry neighbours.calibrate
 decoding.decoder decoding.speculate
 generate
 program.memory program.report program.saved program.chat program.batch program.cli
-study.measure study.models study.prompts study.variants study.throughput study.quality study.memory
+study.measure study.models study.prompts study.variants study.scatter
+study.throughput study.quality study.memory
 bench
 """.split()
 SCRIPTS = ("examples",)  # programs beside the product: no module imports them
