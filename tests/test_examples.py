@@ -237,9 +237,7 @@ def test_a_use_that_would_go_wrong_is_refused(hub):
     flipped = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="padding_side = 'left'"):
         greedy(model, flipped, 8, new())
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        greedy(model, inputs(tokenizer, TEXTS[:1]), 20, new(), prompt_lookup_num_tokens=3)
-    with pytest.raises(ValueError, match="cannot be cropped"):
+    with pytest.raises(ValueError, match="1 tokens cannot be taken back .* newest 0 can"):
         new().crop(-1)
     with pytest.raises(ValueError, match="fixed number of rows"):
         new().batch_select_indices(torch.tensor([0]))
