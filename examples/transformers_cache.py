@@ -35,6 +35,7 @@ from transformers_layer import Call, KiviLayer  # sets the path to what is impor
 from kivi import PRESETS, KiviCache
 
 ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {"full_attention", "sliding_attention"}  # of the names that a config may give them
 
 
 def refuse(module, options):
@@ -50,6 +51,7 @@ def refuse(module, options):
         raise ValueError("use_cache=False beside a cache: leave it out, also of the model's config")
 
 
+@torch.compiler.disable  # in a compiled model it stays what it is: it has its own compiled parts
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The model's attention. query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D], None
 
@@ -101,6 +103,10 @@ class KiviPastKeyValues(Cache):
             if getattr(config, name, None):
                 raise ValueError(f"{type(model).__name__} has {name}, "
                                  "which a KIVI cache does not know")
+        others = {*(getattr(config, "layer_types", None) or ())} - LAYERS
+        if others:
+            raise ValueError(f"{type(model).__name__} has layers of {', '.join(sorted(others))}, "
+                             "which a KIVI cache does not know")
         if kv not in PRESETS:
             raise ValueError(f"unknown kv {kv!r}; known: {', '.join(PRESETS)}")
         head_dim = getattr(config, "head_dim", None)
@@ -119,6 +125,7 @@ class KiviPastKeyValues(Cache):
         super().__init__(layers=[KiviLayer(config, max_len, options, compiled, self.call)
                                  for _ in range(config.num_hidden_layers)])
 
+    @torch.compiler.disable
     def update(self, key, value, layer_idx, *args, **kwargs):
         # The config that a layer asks is not that of another model, or of a copy.
         if self.call.waiting:

@@ -202,32 +202,36 @@ class KiviLayer(DynamicLayer):
     def replay(self, q, k, v):
         """`run` as the replay of a CUDA graph, in which the host has next to nothing to do."""
         cache, graphs = self.cache, self.graphs
-        if graphs.inputs is None:
-            graphs.inputs = [x.contiguous().clone() for x in (q, k, v)]
-        for x, new in zip(graphs.inputs, (q, k, v)):
-            x.copy_(new)
         t = cache.tokens(bucket(cache.length, cache.block))
-        if len(t) not in graphs:
-            self.capture(t)
-        graph, out = graphs[len(t)]
-        graph.replay()
-        return out
+        with torch.cuda.device(q.device):
+            if len(t) not in graphs:
+                self.capture(q, k, v, t)
+            for x, new in zip(graphs.inputs, (q, k, v)):
+                x.copy_(new)
+            graph, out = graphs[len(t)]
+            graph.replay()
+        return out  # read before the layer's next step, which will write there
 
-    def capture(self, t):
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture(self, q, k, v, t):
         """Captures a step in a graph. The cache afterwards is the one from before."""
-        parts, inputs = compiled_parts("cuda"), self.graphs.inputs
+        graphs, parts = self.graphs, compiled_parts("cuda")
+        if graphs.inputs is None:
+            graphs.inputs = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
         main, stream = torch.cuda.current_stream(), side_stream(t.device)
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
-            self.run(parts, *inputs, t)  # compiles
+            self.run(parts, *graphs.inputs, t)  # compiles
         main.wait_stream(stream)
         self.take_back(1)
         self.cache.advance()
         graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: a streamer does.
         with torch.cuda.graph(graph, pool=self.call.pool, capture_error_mode="thread_local"):
-            out = self.run(parts, *inputs, t)
+            out = self.run(parts, *graphs.inputs, t)
         self.call.pool = graph.pool()
-        self.graphs[len(t)] = graph, out
+        graphs[len(t)] = graph, out
 
     def drafts(self, q, k, v):
         """A few tokens, read as by so many steps."""
@@ -265,6 +269,7 @@ class KiviLayer(DynamicLayer):
         B, n = self.cache.batch, mask.shape[1]
         return mask.expand(B, -1, -1).gather(2, column.expand(-1, n, -1))
 
+    @torch.no_grad()
     def fill(self, k, v, lengths):
         """Stores the last `lengths` [B] of the tokens k, v [B, Hk, L, D]."""
         cache, L = self.cache, k.shape[2]
@@ -286,12 +291,13 @@ class KiviLayer(DynamicLayer):
                          for name, x in (("k", k), ("v", v))]
 
     def take_back(self, n):
-        """Takes the last n tokens of every row back. Codes beyond a length have no meaning."""
+        """Takes the last n tokens of every row back."""
         cache = self.cache
-        t = cache.pos[:, None] - n + torch.arange(n, device=cache.pos.device)
+        slots = min(n, cache.config.residual + 1)  # what the others replaced was new, too
+        t = cache.pos[:, None] - n + torch.arange(slots, device=cache.pos.device)
         place = cache.rows[:, None], slice(None), cache.slot(t)
         for window, old in zip((cache.k_window, cache.v_window), self.replaced):
-            window[place] = old[:, :, -n:].transpose(1, 2)
+            window[place] = old[:, :, -n:][:, :, :slots].transpose(1, 2)
         cache.set_lengths([x - n for x in cache.lengths])
 
     def crop(self, tokens_to_remove):
