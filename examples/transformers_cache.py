@@ -66,10 +66,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (1, L, n)):
             raise ValueError(f"a mask of attention must be [{B}, 1, {L}, {n}] in torch.bool (True: "
                              f"is seen), got {list(mask.shape)} in {mask.dtype}")
-        layer.open(key)
+        if layer.cache is None:
+            layer.open(key)
         lengths, causal = layer.look(mask, L)
         if n == L:
-            layer.fill(key, value, lengths)
+            layer.prefill(key, value, lengths)
         else:
             unit = scaling * D**0.5 if scaling else 1  # what KiviCache does not multiply by itself
             query = query.to(key.dtype) if isclose(unit, 1) else (query * unit).to(key.dtype)

@@ -27,10 +27,6 @@ from quantize import take  # noqa: E402
 DRAFTS = 64
 
 
-def plain_attend(cache, q, pos, t):
-    return cache.attention(q, pos, t)
-
-
 def store(cache, k, v, pos, replaced):
     """Puts token pos [B] into the cache, k, v [B, Hk, 1, D], and what it replaces in the window
     into `replaced`, two tensors like k."""
@@ -77,15 +73,13 @@ class KiviLayer(DynamicLayer):
         super().__init__()
         self.config, self.max_len, self.options = config, max_len, options
         self.compiled, self.call = compiled, call
-        self.cache = None
         self.reset()
 
     def reset(self):
-        if self.cache is not None:
-            self.cache.reset()
+        self.cache = None
+        self.graphs = Graphs()
+        self.replaced = ()  # K and V of the window that the last tokens took the place of
         self.seen = 0  # tokens of a row, padding too: columns of the mask
-        self.first = 0  # [B, 1] column of a row's first token
-        self.replaced = None  # K and V of the window that the last tokens took the place of
 
     def update(self, key, value, *args, **kwargs):
         implementation = self.config._attn_implementation
@@ -98,16 +92,12 @@ class KiviLayer(DynamicLayer):
 
     @torch.inference_mode(False)
     def open(self, key):
-        """Makes the cache for rows like those of key [B, Hk, L, D], unless it is there."""
-        B, Hk, L, D = key.shape
-        if self.seen > L:  # a call that goes on: what does not fit is refused later
-            return
-        old = self.cache
-        if old is None or (old.batch, old.dtype, old.device) != (B, key.dtype, key.device):
-            self.cache = KiviCache(B, Hk, self.max_len, D,
-                                   dtype=key.dtype, device=key.device, **self.options)
-            self.one = [torch.zeros_like(self.cache.k_window[:, :, :1]) for _ in "kv"]
-            self.graphs = Graphs()
+        """Makes the cache for rows like those of key [B, Hk, L, D]."""
+        B, Hk, _, D = key.shape
+        self.cache = KiviCache(B, Hk, self.max_len, D,
+                               dtype=key.dtype, device=key.device, **self.options)
+        self.one = [torch.zeros_like(self.cache.k_window[:, :, :1]) for _ in "kv"]
+        # The column of a row's first token.
         self.first = torch.zeros(B, 1, dtype=torch.int64, device=key.device)
         self.padded = False
 
@@ -158,10 +148,11 @@ class KiviLayer(DynamicLayer):
         with torch.autocast(q.device.type, enabled=False):
             if L == 1 and causal:
                 return self.step(q, k, v)
-            if L > DRAFTS or min(lengths) < L:
-                out = self.beside(q, k, v, mask)
-                self.fill(k, v, lengths)
-                return out
+            if causal and (L > DRAFTS or min(lengths) < L):
+                return self.extend(q, k, v, lengths)
+            if min(lengths) < L:
+                raise ValueError("prefill_chunk_size cuts through padding under a mask that hides "
+                                 "tokens: leave it out")
             cache, R, out = self.cache, self.cache.config.residual, []
             cache.check_new(1, None, k=k, v=v, q=q)
             self.keep(k, v, lengths)
@@ -186,7 +177,7 @@ class KiviLayer(DynamicLayer):
         if compiled and q.is_cuda:
             out = self.replay(q, k, v)
         else:
-            parts = compiled_parts(q.device.type) if compiled else (store, plain_attend)
+            parts = compiled_parts(q.device.type) if compiled else (store, KiviCache.attention)
             out = self.run(parts, q, k, v, cache.tokens(cache.length))
         if cache.completes_key_block():
             cache.quantize_keys(cache.pos - 1)
@@ -250,18 +241,13 @@ class KiviLayer(DynamicLayer):
         seen = self.by_token(mask, t) & cache.seen(pos[:, None, None], t)
         return cache.attention(q, pos, t, seen)
 
-    def beside(self, q, k, v, mask):
+    def extend(self, q, k, v, lengths):
         """Many tokens: a part of a prompt, whose own tokens are read exactly."""
-        cache, L, out = self.cache, q.shape[2], []
-        cache.check(L, k=k, v=v, q=q)
-        if mask is None:
-            mask = k.new_ones(L, self.seen, dtype=torch.bool).tril(self.seen - L)[None, None]
-        held, start = cache.tokens(cache.length), cache.pos[:, None, None]
-        for i in torch.arange(L, device=q.device).split(512):  # bounds what is [queries, tokens]
-            rows = mask[:, 0, i].expand(len(q), -1, -1)
-            seen = torch.cat([self.by_token(rows, held) & (held < start), rows[:, :, -L:]], 2)
-            out.append(cache.attention(q[:, :, i], cache.pos - 1, held, seen, (k, v)))
-        return torch.cat(out, 2)
+        self.cache.check(q.shape[2], k=k, v=v, q=q)
+        padding, (q, k, v) = self.to_the_right(lengths, q, k, v)
+        self.keep(k, v, lengths)
+        out = self.cache.extend(q, k, v, lengths)
+        return take(out, self.cache.index[: q.shape[2]] - padding)
 
     def by_token(self, mask, t):
         """Columns of a mask [B or 1, n, seen] as the tokens t of every row, [B, n, tokens]."""
@@ -270,16 +256,23 @@ class KiviLayer(DynamicLayer):
         return mask.expand(B, -1, -1).gather(2, column.expand(-1, n, -1))
 
     @torch.no_grad()
-    def fill(self, k, v, lengths):
-        """Stores the last `lengths` [B] of the tokens k, v [B, Hk, L, D]."""
-        cache, L = self.cache, k.shape[2]
-        if min(lengths) < L:  # left-padded rows become the right-padded ones of KiviCache
-            padding = L - torch.tensor(lengths, device=k.device)[:, None]
-            k, v = (take(x, cache.index.new_tensor(range(L)) + padding) for x in (k, v))
-        ends = cache.check_new(0, lengths, k=k, v=v)
+    def prefill(self, k, v, lengths):
+        """Stores the last `lengths` [B] of the tokens k, v [B, Hk, L, D] of prompts."""
+        _, (k, v) = self.to_the_right(lengths, k, v)
+        ends = self.cache.check_new(0, lengths, k=k, v=v)
         self.keep(k, v, lengths)
-        cache.fill(k, v, cache.pos, ends)
-        cache.set_lengths(ends.tolist())
+        self.cache.fill(k, v, self.cache.pos, ends)
+        self.cache.set_lengths(ends.tolist())
+
+    def to_the_right(self, lengths, *tensors):
+        """Padding [B, 1] to the left of the tokens of a row, and the tensors [B, .., L, D] with it
+        to the right, as KiviCache has it."""
+        L = tensors[0].shape[2]
+        padding = L - torch.tensor(lengths, device=self.first.device)[:, None]
+        if min(lengths) < L:
+            t = torch.arange(L, device=padding.device)
+            tensors = [take(x, t + padding) for x in tensors]
+        return padding, tensors
 
     def keep(self, k, v, lengths):
         """Keeps what the last of the new tokens k, v [B, Hk, L, D] will replace in the window: by
@@ -301,12 +294,11 @@ class KiviLayer(DynamicLayer):
         cache.set_lengths([x - n for x in cache.lengths])
 
     def crop(self, tokens_to_remove):
-        n = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
-        kept = 0 if self.replaced is None else self.replaced[0].shape[2]
-        if n > kept:
+        n, kept = -tokens_to_remove, self.replaced[0].shape[2] if self.replaced else 0
+        if not 0 <= n <= kept:
             raise ValueError(f"{n} tokens cannot be taken back from a KIVI cache, only the newest "
                              f"{kept} can: reset() it and give it the text again")
-        if n > 0:
+        if n:
             self.take_back(n)
             self.replaced = [x[:, :, : kept - n] for x in self.replaced]
             self.seen -= n
