@@ -160,7 +160,7 @@ class KiviLayer(DynamicLayer):
                 # Drafts must not go beyond the end of a key block.
                 n = min(L, *(R - x % R for x in cache.lengths)) if causal else 1
                 parts = [x[:, :, -L:][:, :, :n] for x in (q, k, v)]
-                out.append(self.drafts(*parts) if causal else self.hidden(*parts, mask[:, :, -L]))
+                out.append(self.drafts(*parts) if causal else self.hidden(*parts, mask[:, 0, -L]))
                 L -= n
             return torch.cat(out, 2)
 
@@ -234,12 +234,13 @@ class KiviLayer(DynamicLayer):
         return out
 
     def hidden(self, q, k, v, mask):
-        """One token a row, where the mask [B or 1, 1, seen] hides some."""
+        """One token a row, where the mask [B or 1, seen] hides some."""
         cache = self.cache
         cache.append(k, v)
         pos, t = cache.pos - 1, cache.tokens(cache.length)
-        seen = self.by_token(mask, t) & cache.seen(pos[:, None, None], t)
-        return cache.attention(q, pos, t, seen)
+        column = (t + self.first).clamp(max=self.seen - 1)
+        seen = mask.expand(cache.batch, -1).gather(1, column) & cache.seen(pos[:, None], t)
+        return cache.attention(q, pos, t, seen[:, None])
 
     def extend(self, q, k, v, lengths):
         """Many tokens: a part of a prompt, whose own tokens are read exactly."""
@@ -248,12 +249,6 @@ class KiviLayer(DynamicLayer):
         self.keep(k, v, lengths)
         out = self.cache.extend(q, k, v, lengths)
         return take(out, self.cache.index[: q.shape[2]] - padding)
-
-    def by_token(self, mask, t):
-        """Columns of a mask [B or 1, n, seen] as the tokens t of every row, [B, n, tokens]."""
-        column = (t + self.first).clamp(max=self.seen - 1)[:, None]
-        B, n = self.cache.batch, mask.shape[1]
-        return mask.expand(B, -1, -1).gather(2, column.expand(-1, n, -1))
 
     @torch.no_grad()
     def prefill(self, k, v, lengths):
