@@ -16,7 +16,6 @@ choice for all heads and a whole answer, new positions, and blocks on the host (
 """
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 import torch
 from torch.nn import functional as F
@@ -58,7 +57,7 @@ def bounds(cache, rows, n_pages):
     scale, zero = (first(x, n_pages, groups).flatten(2, 4).to(rows.dtype)  # [B, Hk, groups, D]
                    for x in (cache.k_scale, cache.k_zero))
     if c.boost:
-        rows = rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows))
+        rows = stored(rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows)))
     half = middle(c.k_bits, c.boosted(D), D, rows.device)  # of the range of a channel's codes
     reach = (2 * rows.clamp(min=0) if cache.by == "bound" else rows) * half
     scores = product((rows, zero, 1.0), (reach.to(rows.dtype), scale, 1.0))
@@ -83,7 +82,7 @@ def pages_of(cache, rows, pos, n_pages):
     place = torch.arange(cache.n_chosen, device=device)[:, None]
     chosen = ((rank[:, :, None] == place) * (page + 1)).sum(-1) - 1  # [B, Hk, chosen]
     always = newest[:, None] + torch.arange(cache.n_newest, device=device)
-    always = torch.where(always < cache.capacity // cache.page, always, -1)[:, None]
+    always = torch.where(always < n_pages, always, -1)[:, None]
     always = always.expand(-1, cache.n_kv_heads, -1)
     return stored(torch.cat([chosen, always], 2)), newest
 
@@ -94,12 +93,14 @@ def newest_pages(residual, page):
     return -(-residual // page) + (not aligned)
 
 
-def gathered(pages, x, n, *inner):
-    """As `fused.attention.first`, but of the pages [B, Hk, n]."""
-    per_page = prod(inner)
-    entry = pages.clamp(min=0)[..., None] * per_page + torch.arange(per_page, device=x.device)
+def gathered(pages, n_pages, x, n, *inner):
+    """As `fused.attention.first`, but of the pages [B, Hk, n] of the first n_pages.
+
+    n_pages is no constant to the compiler. With one, Inductor (2.11) gives the loads of pages a
+    mask with which they have no shape for a product.
+    """
     B, Hk = (torch.arange(size, device=x.device) for size in x.shape[:2])
-    return x[B[:, None, None, None], Hk[:, None, None], entry].unflatten(3, inner)
+    return first(x, n_pages, *inner)[B[:, None, None], Hk[:, None], pages.clamp(min=0)]
 
 
 def fused_attention(cache, q, pos, starts):
@@ -108,7 +109,7 @@ def fused_attention(cache, q, pos, starts):
         return attention(cache, q, pos, starts)
     rows = query_rows(cache, q)
     pages, newest = pages_of(cache, rows, pos, starts.shape[0])
-    part = partial(gathered, pages)
+    part = partial(gathered, pages, starts.shape[0])
     scores = packed_scores(cache, rows, pages.shape[2], part)
     begin = torch.where(pages < 0, FAR, pages * cache.page)
     blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], begin, part)
@@ -135,8 +136,9 @@ class RetrieveCache(KiviCache):
         if self.reads_all or seen is not None:
             return super().attention(q, pos, t, seen, beside)
         c, rows = self.config, q.float().reshape(len(q), self.n_kv_heads, -1, self.head_dim)
-        pages, newest = pages_of(self, rows, pos, min(len(t), self.capacity) // self.page)
-        k, v = (self.from_pages(name, pages) for name in "kv")  # [B, Hk, tokens, D]
+        n_pages = min(len(t), self.capacity) // self.page
+        pages, newest = pages_of(self, rows, pos, n_pages)
+        k, v = (self.from_pages(name, pages, n_pages) for name in "kv")  # [B, Hk, tokens, D]
         held = torch.where(pages < 0, FAR, pages * self.page)[..., None]
         held = (held + torch.arange(self.page, device=pos.device)).flatten(2)  # [B, Hk, tokens]
         recent = slot_tokens(c, pos)  # [B, slots]
@@ -151,11 +153,11 @@ class RetrieveCache(KiviCache):
         k, v = torch.cat([k, recent_k], 2), torch.cat([v, self.v_window.float()], 2)
         return F.scaled_dot_product_attention(rows, k, v, seen).reshape(q.shape).to(q.dtype)
 
-    def from_pages(self, name, pages):
+    def from_pages(self, name, pages, n_pages):
         """code * scale + zero of the tokens of these pages, float32 [B, Hk, tokens, D]."""
         bits, *parts = self.parts(name)
-        n = self.capacity // self.page
-        parts = (gathered(pages, x, 0, x.shape[2] // n).flatten(2, 3) for x in parts)
+        parts = (gathered(pages, n_pages, x, 0, x.shape[2] * self.page // self.capacity)
+                 .flatten(2, 3) for x in parts)
         order = self.order() if name == "k" else None
         return dequantize_groups(*parts, self.config, name, order)
 
