@@ -211,7 +211,7 @@ def features(k, v):
 
 
 def h2o(argument, model):
-    form = re.fullmatch(r"(?:slots=(\d{1,9})|(?:share=)?([01]|[01]?\.\d+))(,mean)?", argument)
+    form = re.fullmatch(r"(?:slots=([1-9]\d{0,8})|(?:share=)?([01]|[01]?\.\d+))(,mean)?", argument)
     if not form:
         raise ValueError(f"h2o:{argument} says neither a share of the tokens nor slots: write "
                          "h2o:0.2 or h2o:slots=256, and ,mean behind it if you like")

@@ -20,6 +20,8 @@ def observed(model, tokens):
 
 def fit_slots(model, tokens, slots):
     """how many slots each layer gets (PrefixKV)"""
+    if not 1 <= slots <= tokens.shape[1]:
+        raise ValueError(f"--slots must lie in 1 .. {tokens.shape[1]}, the --tokens, got {slots}")
     # As published: the same share of each layer's attention, which goes to its most attended
     # tokens, is found by bisection for every text.
     curves = []  # of each layer: the share [rows, n] that the best tokens get together
@@ -39,7 +41,10 @@ def fit_slots(model, tokens, slots):
 
 def fit_gate(model, tokens, share):
     """a linear estimate of the attention that tokens get (Attention-Gate, untrained)"""
+    EvictConfig(share=share).check(model.config.head_dim)
     n, weights = tokens.shape[1], []
+    if n <= GATE_SINKS + NEWEST:
+        raise ValueError(f"--tokens must be more than {GATE_SINKS + NEWEST}, got {n}")
     for cache in observed(model, tokens):
         born, weight = cache.born.transpose(0, 1), []
         used = (born > GATE_SINKS) & (born <= n - NEWEST)

@@ -2,20 +2,18 @@
 
 The reference reads tokens one after the other, in float64 and with a dictionary for slots.
 """
-from dataclasses import replace
+import re
 
 import pytest
 import torch
 from cache_cases import assert_same, refused, row_state, state
-from calling import check_error, process, result_of, run
+from calling import check_error, result_of, run, type_lines
 from make_golden import tokens as some_tokens
 from reference_cache import attention64, randn, rel
-from torch.nn import functional as F
 
-import generate
 from model import Transformer
 from neighbours import calibrate, fit, fitted
-from neighbours.evict import EvictCache, EvictConfig, features
+from neighbours.evict import EvictConfig, features
 
 H, HK, D, N = 4, 2, 16, 12
 GATE = randn(HK, D * 3 // 2 + 3, seed=9)
@@ -288,7 +286,7 @@ def test_a_model_reads_and_decodes_as_in_the_reference(model, chunk):
     """Two rows of a prompt, 12 steps, a second text; in one piece, together and in parts. Guards
     against padding that counts, parts of a prompt that forget those before, the second turn of a
     conversation that does not see what the first one held."""
-    ids = torch.stack([some_tokens(90, seed) for seed in (0, 1)])
+    ids = torch.cat([some_tokens(90, seed) for seed in (0, 1)])
     texts = [layer_0(model, row) for row in ids]
     model.setup_caches(2, 90, f"h2o:slots={N}")
     cache, lengths = model.cache, [25, 14]
@@ -328,29 +326,44 @@ def test_a_model_reads_and_decodes_as_in_the_reference(model, chunk):
 def test_with_a_slot_for_every_token_it_is_the_full_cache(model):
     """Two texts with steps between. Guards against keys that are rotated anew, and a past that is
     seen in part."""
-    ids = some_tokens(60)[None]
+    ids = some_tokens(60)
     logits = {}
-    for kv in ("bf16", "h2o:1", "prefix"):
-        model.setup_caches(1, 60, "h2o:slots=64" if kv == "prefix" else kv)
+    for kv in ("bf16", "h2o:1", "h2o:slots=64"):
+        model.setup_caches(1, 60, kv)
         logits[kv] = [model.extend(ids[:, :20])]
         for t in range(20, 40):
             model.cache.advance()
             logits[kv].append(model.decode(ids[:, t : t + 1], model.cache.tokens(t + 1)))
         logits[kv].append(model.extend(ids[:, 40:]))
-    for kv in ("h2o:1", "prefix"):
+    for kv in ("h2o:1", "h2o:slots=64"):
         assert rel(torch.cat(logits[kv]), torch.cat(logits["bf16"])) < 1e-5
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    """What `python -m neighbours.calibrate` may write for the tiny checkpoint, by method."""
+    c = model.config
+    shape = c.n_layers, c.n_kv_heads, c.head_dim * 3 // 2 + 3
+    fits = {"prefixkv": {"slots": torch.tensor([24, 40])},
+            "gate": {"weight": randn(*shape), "share": torch.tensor(0.25)}}
+    for method, tensors in fits.items():
+        fitted.write(tmp_path / method, method, tensors)
+    return {method: f"{method}:{tmp_path / method}" for method in fits}
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_compiled_steps_equal_plain_ones_and_recompile_nothing(checkpoint, fresh_compiler):
-    """Before and after the slots are full, in layers of unequal slots. Guards against a graph that
-    breaks, a length that is a constant in it, a repeated first step that counts twice."""
-    ids = torch.stack([some_tokens(80, seed) for seed in (0, 1)])
+@pytest.mark.parametrize("method", ("prefixkv", "gate"))
+def test_compiled_steps_equal_plain_ones_and_recompile_nothing(method, files, checkpoint,
+                                                               fresh_compiler):
+    """Before and after the slots are full, in layers of unequal slots or gates. Guards against a
+    graph that breaks, a length or a gate that is a constant in it, a step that reads what another
+    writes."""
+    ids = torch.cat([some_tokens(80, seed) for seed in (0, 1)])
     logits = {}
     for compiled in (False, True):
         model = Transformer.from_pretrained(checkpoint)
-        model.setup_caches(2, 80, "h2o:slots=24")
+        model.setup_caches(2, 80, files[method])
         if compiled:
             model.compile()
         model.prefill(ids[:, :10])
@@ -363,3 +376,146 @@ def test_compiled_steps_equal_plain_ones_and_recompile_nothing(checkpoint, fresh
                 if t < 14:
                     model.flush()
     assert rel(torch.stack(logits[True]), torch.stack(logits[False])) < 1e-4
+
+
+# ---- what is fitted -----------------------------------------------------------------------------
+
+def test_slots_of_layers_hold_the_same_share_of_attention(model, monkeypatch):
+    """Against all shares that make a difference, tried one by one, on attention computed here.
+    Guards against curves that are not sorted, sums over the wrong axis, a search that ends beside
+    the wanted total, texts that are mixed."""
+    monkeypatch.setattr(fit, "UNIT", 1)
+    ids, n, wanted = torch.cat([some_tokens(50, seed) for seed in (0, 1)]), 50, 17
+    read = {}
+    for number, layer in enumerate(model.layers):
+        def record(*args, number=number, qkv=layer.attention.qkv):
+            read[number] = qkv(*args)
+            return read[number]
+        monkeypatch.setattr(layer.attention, "qkv", record)
+    model(ids)
+    mean = torch.zeros(len(read))
+    for row in range(len(ids)):
+        curves = []
+        for q, k, _ in (read[number] for number in sorted(read)):
+            k = k[row].repeat_interleave(q.shape[1] // k.shape[1], 0).double()
+            scores = q[row].double() @ k.mT * q.shape[3] ** -0.5
+            scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+            attention = scores.softmax(-1).mean(0).sum(0)
+            curves.append((attention.sort(descending=True).values / attention.sum()).cumsum(0))
+        totals = []
+        for share in torch.cat(curves).tolist():
+            counts = [int((curve < share - 1e-9).sum()) + 1 for curve in curves]
+            if sum(counts) <= wanted * len(curves):
+                totals.append((sum(counts), counts))
+        mean += torch.tensor(max(totals)[1]) / len(ids)
+    found = fit.fit_slots(model, ids, wanted)["slots"]
+    assert found.tolist() == mean.round().long().tolist() and found.unique().numel() > 1
+
+
+def test_a_gate_finds_a_linear_law(model, monkeypatch):
+    """Tokens whose mean attention follows a gate exactly. Guards against features of the wrong
+    token or head, sums in place of means, ends of the text that are fitted, too."""
+    caches, law = [], 0.2 * randn(2, HK, D * 3 // 2 + 3, seed=5)
+    for weight in law:
+        cache = EvictConfig(slots=200).make(3, HK, 200, D)
+        cache.k_window.copy_(randn(3, HK, 200, D, seed=6))
+        cache.v_window.copy_(randn(3, HK, 200, D, seed=7))
+        cache.born.copy_(torch.stack([torch.randperm(200) + 1 for _ in range(6)]).view(3, HK, 200))
+        x = features(cache.k_window, cache.v_window)
+        cache.score.copy_((x @ weight[:, :, None])[..., 0].exp() * (201 - cache.born))
+        cache.score[(cache.born <= 4) | (cache.born > 184)] = 1e9
+        caches.append(cache)
+    monkeypatch.setattr(fit, "observed", lambda model, tokens: caches)
+    found = fit.fit_gate(model, torch.zeros(3, 200, dtype=torch.int64), 0.25)
+    for cache, weight, got in zip(caches, law, found["weight"]):
+        x = features(cache.k_window, cache.v_window)
+        assert rel(x @ got[:, :, None], x @ weight[:, :, None]) < 0.01
+    assert found["share"] == 0.25
+
+
+def test_a_gate_needs_no_queries():
+    """Guards against a gate that waits for attention, padding that is kept, another choice than
+    with queries."""
+    (q, k, v), caches = text(2, 40), [make(CONFIGS["gate"], batch=2) for _ in range(2)]
+    k[1, :, 7:] = torch.nan
+    caches[0].prefill(k, v, [40, 7])
+    caches[1].extend(q, k, v, [40, 7])
+    assert_same(state(caches[0]), state(caches[1]))
+    assert caches[0].state()["k_window"].isfinite().all()
+
+
+# ---- the programs -------------------------------------------------------------------------------
+
+def test_the_program_runs_with_the_embedded_model():
+    """Guards against a name that is not registered, and a cache that grows with the text."""
+    found = result_of("--kv", "h2o:0.2", "--max-new-tokens", 60, "--temperature", 0)
+    assert found["new_tokens"] == 60 and found["kv"] == "h2o:0.2"
+    assert found["kv_bytes"] < 0.25 * found["kv_bytes_full"]
+
+
+def test_a_conversation_goes_on_from_what_is_held(monkeypatch):
+    """Guards against a second turn that reads all again, or fails."""
+    type_lines(monkeypatch, "One day the old man", "And then", "At last")
+    code, _, err = run("--interactive", "--max-new-tokens", 10, "--temperature", 0,
+                       "--kv", "h2o:slots=12,mean")
+    read = [int(n) for n in re.findall(r"tokens, (\d+) of them read", err)]
+    assert code == 0 and len(read) == 2 and max(read) < 10, err
+
+
+@pytest.mark.parametrize("method, option", (("prefixkv", "--slots"), ("gate", "--share")))
+def test_what_was_fitted_runs(method, option, checkpoint, tmp_path):
+    """From a text to an answer, in two programs. Guards against a file that its reader refuses."""
+    book, file = tmp_path / "book.txt", tmp_path / "fit"
+    book.write_text("All that is gold does not glitter. " * 40)
+    code, _, err = run(method, file, "--text", book, "--checkpoint", checkpoint, "--rows", 2,
+                       "--tokens", 200, option, {"gate": 0.3}.get(method, 100),
+                       main=calibrate.main)
+    assert code == 0, err
+    found = result_of("--checkpoint", checkpoint, "--kv", f"{method}:{file}",
+                      "--max-new-tokens", 100)
+    assert found["new_tokens"] > 1
+
+
+def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
+    """Guards against a traceback, and a setting that is ignored."""
+    def kv(name, **options):
+        return lambda: model.setup_caches(1, 80, name, **options)
+
+    for wrong in ("h2o", "h2o:half", "h2o:slots=0", "h2o:0.2,median", "h2o:7"):
+        refused(kv(wrong), "h2o:slots=256")
+    refused(kv("h2o:0"), "share")
+    refused(kv("h2o:1.5"), 1.5)
+    refused(kv("h2o:0.2", group_size=16), "--group-size")
+    refused(kv("h2o:slots=64", sink=4, residual=60), 64, 60, "more slots")
+    refused(kv("h2o:0.2", sink=-1), -1)
+    for wrong in ("prefixkv", "gate", f"gate:{tmp_path / 'none'}", f"gate:{__file__}"):
+        refused(kv(wrong), "neighbours.calibrate")
+    refused(kv(files["gate"].replace("gate:", "prefixkv:")), "prefixkv", "not written")
+    fitted.write(tmp_path / "other", "prefixkv", {"slots": torch.tensor([64] * 3)})
+    refused(kv(f"prefixkv:{tmp_path / 'other'}"), "another model", 3)
+    weight = torch.full((2, HK, 32 * 3 // 2 + 3), torch.nan)
+    fitted.write(tmp_path / "bad", "gate", {"weight": weight, "share": torch.tensor(0.25)})
+    refused(kv(f"gate:{tmp_path / 'bad'}"), "NaN")
+    model.layers[1].window = 30
+    refused(kv("h2o:0.2"), "sliding window")
+    q, k, v = text(1, 10)
+    refused(lambda: make(CONFIGS["h2o"]).prefill(k, v), "extend(q, k, v)")
+
+
+def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
+    """Guards against a traceback after minutes, or a file of nothing."""
+    book = tmp_path / "book.txt"
+    book.write_text("All that is gold does not glitter. " * 40)
+
+    def calls(method, *more, text=book, file=tmp_path / "fit"):
+        return run(method, file, "--text", text, "--checkpoint", checkpoint, *more,
+                   main=calibrate.main)
+
+    check_error(calls("h2o"), "prefixkv")
+    check_error(calls("gate", text=tmp_path / "none"), "none")
+    check_error(calls("gate", "--rows", 9), "9 rows", "--text")
+    check_error(calls("gate", "--tokens", 20), "20")
+    check_error(calls("gate", "--tokens", 99, "--share", 2), "share")
+    check_error(calls("prefixkv", "--tokens", 99, "--slots", 100), "100")
+    check_error(calls("prefixkv", "--tokens", 99, "--slots", 9, file=tmp_path / "no" / "fit"),
+                "cannot be written")
