@@ -73,7 +73,8 @@ class EvictCache(Cache):
                  device="cpu"):
         config.check(head_dim)
         N, R = config.sizes(max_len)
-        super().__init__(batch, n_kv_heads, max_len, head_dim, N, None, dtype, device)
+        # Its block is a whole row: all slots are read at any length, and one graph serves all.
+        super().__init__(batch, n_kv_heads, max_len, head_dim, max_len, None, dtype, device)
         self.config, self.slots, self.recent = config, N, R
         self.gate = None if config.gate is None else config.gate.to(device)
         self.sums = None  # of the prompt that is being read: attention by token, held ones first
@@ -86,10 +87,6 @@ class EvictCache(Cache):
 
     def used(self, name, length):
         return min(length, self.slots)
-
-    def tokens(self, length):
-        """All slots, so that one graph serves any length."""
-        return self.index[: self.slots]
 
     def traffic(self, length):
         slot = 2 * self.head_dim * self.dtype.itemsize + self.born.itemsize
@@ -171,8 +168,7 @@ class EvictCache(Cache):
             score, self.sums = score + self.sums, None
         t = start[:, None] + torch.arange(n, device=start.device)
         new = torch.where(t < ends[:, None], t + 1, 0)[:, None].expand(-1, Hk, -1)
-        old = self.born[rows, :, :held]
-        born = torch.cat([torch.where(old <= start[:, None, None], old, 0), new], 2)
+        born = torch.cat([self.born[rows, :, :held], new], 2)
         worth = self.worth(score, born, length, length).masked_fill(born == 0, -torch.inf)
         best = worth.sort(dim=2, descending=True, stable=True).indices[:, :, : self.slots]
         place = self.rows[:b, None, None], torch.arange(Hk, device=best.device)[:, None], best

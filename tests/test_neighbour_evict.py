@@ -106,7 +106,7 @@ def make(config, batch=1, max_len=100, dtype=torch.float32):
 
 
 def text(batch, n, seed=0, dtype=torch.float32):
-    """q [B, H, n, D], k, v [B, Hk, n, D]: some keys are louder, so that attention has favourites."""
+    """q [B, H, n, D], k, v [B, Hk, n, D]: some keys are louder: attention has favourites."""
     k = 1.5 * randn(batch, HK, n, D, seed=seed) * (1 + randn(batch, HK, n, 1, seed=seed + 1).abs())
     q, v = randn(batch, H, n, D, seed=seed + 2), randn(batch, HK, n, D, seed=seed + 3)
     return q.to(dtype), k.to(dtype), v.to(dtype)
