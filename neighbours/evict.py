@@ -137,8 +137,7 @@ class EvictCache(Cache):
     def dequantized(self, rows=slice(None)):
         """(k, v) [B, Hk, n, D] of the tokens that are held, n = min(L, N); zeros in empty slots."""
         n = self.used("born", max(self.lengths[rows]))
-        empty = (self.index[:n] >= self.pos[rows, None])[:, None, :, None]
-        return tuple(x[rows, :, :n].masked_fill(empty, 0) for x in (self.k_window, self.v_window))
+        return self.k_window[rows, :, :n].clone(), self.v_window[rows, :, :n].clone()
 
     def observe(self, q, k, row, real):
         """See neighbours/registry.py."""

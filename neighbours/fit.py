@@ -26,7 +26,8 @@ def fit_slots(model, tokens, slots):
     # tokens, is found by bisection for every text.
     curves = []  # of each layer: the share [rows, n] that the best tokens get together
     for cache in observed(model, tokens):
-        best = cache.score.mean(1).sort(descending=True).values
+        by_token = cache.score.gather(2, cache.born.argsort(2))  # each head has an order of its own
+        best = by_token.mean(1).sort(descending=True).values
         curves.append((best / best.sum(1, keepdim=True)).cumsum(1))
     curves = torch.stack(curves)
     low, high = (torch.full_like(curves[0, :, :1], end) for end in (0.0, 1.0))
