@@ -18,7 +18,11 @@ and the cache may have, beside what kivi.Cache has,
 A decode step may run twice at the same position before the next one, and must leave the same state:
 the first run of a CUDA graph warms up.
 """
-from model import OTHERS
-from neighbours import evict, fit
+from functools import partial
 
+from model import OTHERS
+from neighbours import evict, fit, retrieve
+from quantize import PRESETS
+
+OTHERS |= {name: partial(retrieve.configs, preset) for name, preset in PRESETS.items()}
 OTHERS |= {"h2o": evict.h2o, "prefixkv": fit.prefixkv, "gate": fit.gate}

@@ -6,6 +6,7 @@ import torch
 import generate
 from checkpoint.hub import resolve
 from checkpoint.text import chat_template, read_text
+from neighbours.skip import skip_layers
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
@@ -30,7 +31,8 @@ RANGES = {
     "speculate": (1, 15),
 }
 NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
-APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate")]
+APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate"),
+         ("skip", "speculate")]
 
 
 def main(argv=None):
@@ -59,6 +61,8 @@ def start(argv):
     prefix = read_text(args.prefix) if args.prefix else ""
     shared = {"device": device, "dtype": dtype, "ranks": (rank(), processes())}
     model, tokenizer = generate.load(folder, weights=args.weights, progress=note_loading, **shared)
+    if args.skip:
+        skip_layers(model, args.skip)
     draft = load_draft(args.draft, tokenizer, **shared) if args.draft else None
     note()
     options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
@@ -161,6 +165,7 @@ def parser():
     add("--dtype", choices=generate.DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile the decode step (default: on cuda, where it pays for the tokens asked for)")
+    add("--skip", metavar="HIGH:LOW", help="fewer layers for later tokens: SkipDecode, if trained")
     add = p.add_argument_group("cache").add_argument
     add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
         "kivi2+, kivi2-, kivi4, k4v2 or kvtuner:FILE (default kivi2)")

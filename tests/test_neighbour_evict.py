@@ -402,8 +402,7 @@ def test_compiled_steps_equal_plain_ones_and_recompile_nothing(method, files, ch
 def test_slots_of_layers_hold_the_same_share_of_attention(model, monkeypatch):
     """Against all shares that make a difference, tried one by one, on attention computed here.
     Guards against curves that are not sorted, heads whose slots hold tokens in orders of their own,
-    a search that ends beside
-    the wanted total, texts that are mixed."""
+    a search that ends beside the wanted total, texts that are mixed."""
     monkeypatch.setattr(fit, "UNIT", 1)
     ids, n, read = torch.cat([some_tokens(50, seed) for seed in (0, 1)]), 50, {}
     for number, layer in enumerate(model.layers):
