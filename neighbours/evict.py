@@ -157,28 +157,32 @@ class EvictCache(Cache):
 
         raises ValueError: no query was observed, by which to choose
         """
+        if self.gate is None and self.sums is None:
+            raise ValueError("this cache keeps the tokens that get most attention: give it the "
+                             "queries, too, with extend(q, k, v)")
         (b, Hk, n, _), rows = k.shape, slice(row, row + len(k))
         held, length = self.used("born", max(self.lengths[rows])), ends[:, None, None]
-        score = torch.cat([(self.score + self.newest)[rows, :, :held], self.estimate(k, v)], 2)
-        if self.gate is None:
-            if self.sums is None:
-                raise ValueError("this cache keeps the tokens that get most attention: give it the "
-                                 "queries, too, with extend(q, k, v)")
-            score, self.sums = score + self.sums, None
         t = start[:, None] + torch.arange(n, device=start.device)
-        new = torch.where(t < ends[:, None], t + 1, 0)[:, None].expand(-1, Hk, -1)
-        born = torch.cat([self.born[rows, :, :held], new], 2)
+        there = (t < ends[:, None])[:, None]  # [b, 1, n]: not padding
+        k, v = (torch.where(there[..., None], x, 0) for x in (k, v))
+        score = torch.where(there, self.estimate(k, v), 0)
+        born = torch.where(there, t[:, None] + 1, 0).expand(-1, Hk, -1)
+        self.score[rows] += self.newest[rows]
+        self.newest[rows] = 0
+        entries = {"k_window": k, "v_window": v, "score": score, "born": born}
+        for name, x in entries.items():
+            entries[name] = torch.cat([getattr(self, name)[rows, :, :held], x], 2)
+        score, born = entries["score"], entries["born"]
+        if self.gate is None:
+            score += self.sums
+            self.sums = None
         worth = self.worth(score, born, length, length).masked_fill(born == 0, -torch.inf)
         best = worth.sort(dim=2, descending=True, stable=True).indices[:, :, : self.slots]
         place = self.rows[:b, None, None], torch.arange(Hk, device=best.device)[:, None], best
-        there = born[place] > 0
-        k, v = (torch.cat([window[rows, :, :held], x], 2)
-                for window, x in ((self.k_window, k), (self.v_window, v)))
-        for buffer, x, kept in ((self.k_window, k, there[..., None]), (self.score, score, there),
-                                (self.v_window, v, there[..., None]), (self.born, born, there)):
+        for name, x in entries.items():
+            buffer = getattr(self, name)
             buffer[rows] = 0
-            buffer[rows, :, : best.shape[2]] = torch.where(kept, x[place], 0)
-        self.newest[rows] = 0
+            buffer[rows, :, : best.shape[2]] = x[place]
 
     @torch.no_grad()
     def extend(self, q, k, v, lengths=None):

@@ -20,24 +20,20 @@ def observed(model, tokens):
 
 def fit_slots(model, tokens, slots):
     """how many slots each layer gets (PrefixKV)"""
-    if not 1 <= slots <= tokens.shape[1]:
-        raise ValueError(f"--slots must lie in 1 .. {tokens.shape[1]}, the --tokens, got {slots}")
-    # As published: the same share of each layer's attention, which goes to its most attended
-    # tokens, is found by bisection for every text.
-    curves = []  # of each layer: the share [rows, n] that the best tokens get together
+    n, n_layers = tokens.shape[1], model.config.n_layers
+    if not 1 <= slots <= n:
+        raise ValueError(f"--slots must lie in 1 .. {n}, the --tokens, got {slots}")
+    curves = []  # [n_layers, rows, n]: the share of attention that the best tokens get together
     for cache in observed(model, tokens):
         by_token = cache.score.gather(2, cache.born.argsort(2))  # each head has an order of its own
         best = by_token.mean(1).sort(descending=True).values
         curves.append((best / best.sum(1, keepdim=True)).cumsum(1))
     curves = torch.stack(curves)
-    low, high = (torch.full_like(curves[0, :, :1], end) for end in (0.0, 1.0))
-    for _ in range(40):
-        middle = (low + high) / 2
-        counts = (curves < middle).sum(2) + 1  # [layers, rows]
-        many = counts.sum(0)[:, None] > slots * len(curves)
-        low, high = torch.where(many, low, middle), torch.where(many, middle, high)
-    counts = ((curves < low).sum(2) + 1).float().mean(1)
-    return {"slots": (counts / UNIT).round().clamp(min=1).long() * UNIT}
+    # As published, all layers keep the same share, found for every text. What bisection would find
+    # stands in a list of all: each smaller share is one token more.
+    shares = curves.transpose(0, 1).flatten(1).sort(1).values[:, (slots - 1) * n_layers]
+    counts = (curves < shares[:, None]).sum(2) + 1.0  # [n_layers, rows]
+    return {"slots": (counts.mean(1) / UNIT).round().clamp(min=1).long() * UNIT}
 
 
 def fit_gate(model, tokens, share):
@@ -47,16 +43,14 @@ def fit_gate(model, tokens, share):
     if n <= GATE_SINKS + NEWEST:
         raise ValueError(f"--tokens must be more than {GATE_SINKS + NEWEST}, got {n}")
     for cache in observed(model, tokens):
-        born, weight = cache.born.transpose(0, 1), []
-        used = (born > GATE_SINKS) & (born <= n - NEWEST)
-        mean = (cache.score.transpose(0, 1) / (n + 1 - born)).clamp(min=1e-7).log()
-        x = features(cache.k_window, cache.v_window).transpose(0, 1)
-        for head in range(len(x)):
-            a, y = x[head][used[head]].double(), mean[head][used[head]].double()
-            square = a.mT @ a
-            ridge = 1e-3 * square.diagonal().mean() * torch.eye(len(square), device=a.device)
-            weight.append(torch.linalg.solve(square + ridge, a.mT @ y).float())
-        weights.append(torch.stack(weight))
+        used = ((cache.born > GATE_SINKS) & (cache.born <= n - NEWEST))[..., None]
+        mean = (cache.score / (n + 1 - cache.born)).clamp(min=1e-7).log()[..., None]
+        # Ridge regression of all heads at once: rows of zeros change nothing.
+        x, y = ((z * used).transpose(0, 1).flatten(1, 2).double()
+                for z in (features(cache.k_window, cache.v_window), mean))
+        square = x.mT @ x
+        square += 1e-3 * square.diagonal(dim1=1, dim2=2).mean() * torch.eye(x.shape[2]).to(x)
+        weights.append(torch.linalg.solve(square, x.mT @ y)[..., 0].float())
     return {"weight": torch.stack(weights), "share": torch.tensor(share)}
 
 
