@@ -53,20 +53,16 @@ def parse(argv):
 
 
 @torch.no_grad()
-def calibrate(argv):
-    options = parse(argv)
-    method, file, checkpoint, text, rows, n = (options.pop(name) for name in (
-        "method", "file", "checkpoint", "text", "rows", "tokens"))
+def calibrate(method, file, checkpoint, text, rows, tokens, **options):
     folder = resolve(checkpoint)
-    tokens = rows_of(load_tokenizer(folder), read_text(text), rows, n)
+    tokens = rows_of(load_tokenizer(folder), read_text(text), rows, tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.from_pretrained(folder, device)
-    run, _ = COMMANDS[method]
-    fitted.write(file, method, run(model, tokens.to(device), **options))
+    fitted.write(file, method, COMMANDS[method][0](model, tokens.to(device), **options))
 
 
 def main(argv=None):
-    console.guarded(calibrate, argv)
+    console.guarded(lambda argv: calibrate(**parse(argv)), argv)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,6 @@ class EvictConfig(KVConfig):
             raise ValueError(f"{self.slots} slots leave none for others than {self.sink} sinks and "
                              f"the {self.residual} newest tokens: use more slots")
 
-    def sizes(self, max_len):
-        """(N, R) of a cache for rows of up to max_len tokens."""
-        slots = self.slots or max(int(self.share * max_len), self.sink + self.residual + 1)
-        return slots, self.residual or min(slots // 2, slots - self.sink)
-
     def stored_bits(self, head_dim):
         """Numbers of 16 bits, and three of 32 a slot; a share also counts what has no slot."""
         return (1 if self.slots else self.share) * (16 + 96 / (2 * head_dim))
@@ -71,14 +66,14 @@ class EvictCache(Cache):
     @torch.inference_mode(False)
     def __init__(self, config, batch, n_kv_heads, max_len, head_dim, dtype=torch.float32,
                  device="cpu"):
-        config.check(head_dim)
-        N, R = config.sizes(max_len)
         # Its block is a whole row: all slots are read at any length, and one graph serves all.
         super().__init__(batch, n_kv_heads, max_len, head_dim, max_len, None, dtype, device)
-        self.config, self.slots, self.recent = config, N, R
+        least = config.sink + config.residual + 1
+        self.config, self.slots = config, config.slots or max(int(config.share * max_len), least)
+        self.recent = config.residual or min(self.slots // 2, self.slots - config.sink)
         self.gate = None if config.gate is None else config.gate.to(device)
         self.sums = None  # of the prompt that is being read: attention by token, held ones first
-        slots = batch, n_kv_heads, N
+        slots = batch, n_kv_heads, self.slots
         self.add("k_window", (*slots, head_dim), dtype)
         self.add("v_window", (*slots, head_dim), dtype)
         self.add("born", slots, torch.int32)  # token + 1; 0: the slot is empty
@@ -119,11 +114,10 @@ class EvictCache(Cache):
         score = torch.where(again.any(2, True), self.score, self.score + self.newest)
         worth = self.worth(score, born, pos, pos + 1).masked_fill(again, -torch.inf)
         slot = torch.where(pos < self.slots, pos, worth.argmin(2, keepdim=True))  # [B, Hk, 1]
-        here = slot == torch.arange(self.slots, device=pos.device)
-        self.born.copy_(torch.where(here, pos + 1, born))
-        self.score.copy_(torch.where(here, self.estimate(k, v), score))
-        place = self.rows[:, None], torch.arange(self.n_kv_heads, device=pos.device), slot[..., 0]
-        self.k_window[place], self.v_window[place] = k[:, :, 0], v[:, :, 0]
+        self.born.copy_(born).scatter_(2, slot, (pos + 1).int().expand_as(slot))
+        self.score.copy_(score).scatter_(2, slot, self.estimate(k, v))
+        for window, x in ((self.k_window, k), (self.v_window, v)):
+            window.scatter_(2, slot[..., None].expand_as(x), x)
 
     def attention(self, q, pos, t):
         """As `Cache.attention`, over all slots; the next `write` counts what it gave to each."""
@@ -146,7 +140,7 @@ class EvictCache(Cache):
         past, before = self.sums, k.shape[2] - q.shape[2]
         self.sums = torch.zeros(k.shape[:3], device=k.device)
         for i, n in enumerate(real.clamp(0, q.shape[2]).tolist()):
-            own, seen = slice(i, i + 1), slice(0, before + n)
+            own, seen = slice(i, i + 1), slice(before + n)
             if n:
                 self.sums[own, :, seen] = column_sums(q[own, :, :n], k[own, :, seen])
         if past is not None and past.shape[2] == before:  # else of a prompt that came to no end

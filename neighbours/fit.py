@@ -6,7 +6,6 @@ from neighbours import fitted
 from neighbours.evict import EvictConfig, features
 
 GATE_SINKS = 4  # a gate sees nothing of what makes a first token loud
-
 NEWEST = 16  # tokens at the end of a text that a gate is not fitted to: few queries have seen them
 UNIT = 64  # slots: each number of them is a compilation of its own
 
@@ -20,10 +19,9 @@ def observed(model, tokens):
 
 def fit_slots(model, tokens, slots):
     """how many slots each layer gets (PrefixKV)"""
-    n, n_layers = tokens.shape[1], model.config.n_layers
+    n, curves = tokens.shape[1], []  # [layers, rows, n]: attention that the best tokens get
     if not 1 <= slots <= n:
         raise ValueError(f"--slots must lie in 1 .. {n}, the --tokens, got {slots}")
-    curves = []  # [n_layers, rows, n]: the share of attention that the best tokens get together
     for cache in observed(model, tokens):
         by_token = cache.score.gather(2, cache.born.argsort(2))  # each head has an order of its own
         best = by_token.mean(1).sort(descending=True).values
@@ -31,8 +29,8 @@ def fit_slots(model, tokens, slots):
     curves = torch.stack(curves)
     # As published, all layers keep the same share, found for every text. What bisection would find
     # stands in a list of all: each smaller share is one token more.
-    shares = curves.transpose(0, 1).flatten(1).sort(1).values[:, (slots - 1) * n_layers]
-    counts = (curves < shares[:, None]).sum(2) + 1.0  # [n_layers, rows]
+    shares = curves.transpose(0, 1).flatten(1).sort(1).values[:, (slots - 1) * len(curves)]
+    counts = (curves < shares[:, None]).sum(2) + 1.0  # [layers, rows]
     return {"slots": (counts.mean(1) / UNIT).round().clamp(min=1).long() * UNIT}
 
 
@@ -63,5 +61,5 @@ def gate(argument, model):
     c = model.config
     weight = [c.n_layers, c.n_kv_heads, c.head_dim + c.head_dim // 2 + 3]
     fit = fitted.read(argument, "gate", {"weight": weight, "share": []})
-    size = {"sink": GATE_SINKS, "share": fit["share"].item()}
-    return [EvictConfig(gate=layer, **size) for layer in fit["weight"]]
+    return [EvictConfig(sink=GATE_SINKS, share=fit["share"].item(), gate=layer)
+            for layer in fit["weight"]]
