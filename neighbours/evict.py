@@ -84,7 +84,7 @@ class EvictCache(Cache):
         return min(length, self.slots)
 
     def traffic(self, length):
-        slot = 2 * self.head_dim * self.dtype.itemsize + self.born.itemsize
+        slot = 2 * self.head_dim * self.dtype.itemsize + 4
         return self.n_kv_heads * min(length, self.slots) * slot
 
     def options(self):
