@@ -273,6 +273,18 @@ def test_a_state_and_a_fork_go_on_alike(name):
         assert torch.equal(out[0], out[1])
 
 
+def test_sizes_are_those_of_the_buffers():
+    """Guards against slots that sinks and newest tokens fill, a share that counts as all, traffic
+    of tokens that are not held."""
+    cache = make(EvictConfig(slots=10, sink=8), dtype=torch.bfloat16)
+    assert cache.recent == 2 and make(EvictConfig(share=0.01, sink=8, residual=5)).slots == 14
+    kept = sum(x.numel() * x.itemsize for name, x in cache.contents().items() if name != "pos")
+    assert cache.config.stored_bits(D) == 8 * kept / (2 * HK * 10 * D)
+    assert EvictConfig(share=0.25).stored_bits(D) == cache.config.stored_bits(D) / 4
+    read = (cache.k_window.nbytes + cache.v_window.nbytes + cache.born.nbytes) / 10  # of one slot
+    assert [cache.traffic(n) for n in (1, 5, 10, 99)] == [read, 5 * read, 10 * read, 10 * read]
+
+
 # ---- in a model ---------------------------------------------------------------------------------
 
 def layer_0(model, ids):
@@ -520,7 +532,11 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     model.layers[1].window = 30
     refused(kv("h2o:0.2"), "sliding window")
     q, k, v = text(1, 10)
-    refused(lambda: make(CONFIGS["h2o"]).prefill(k, v), "extend(q, k, v)")
+    cache = make(CONFIGS["h2o"])
+    refused(lambda: cache.prefill(k, v), "extend(q, k, v)")
+    cache.extend(q, k, v)
+    cache.reset()
+    refused(lambda: cache.prefill(k, v), "extend(q, k, v)")  # the sums are used up
 
 
 def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
