@@ -8,9 +8,10 @@ KVConfig, with
 
 and the cache may have, beside what kivi.Cache has,
 
-    observe(q, k, row)   called while a prompt is read, before its `fill`: q [b, H, n, D] attends to
+    observe(q, k, row, real)
+                         called while a prompt is read, before its `fill`: q [b, H, n, D] attends to
                          k [b, Hk, T, D], all tokens up to the last of these queries, in the rows
-                         from `row` on
+                         from `row` on; the first real [b] of the queries are no padding
     traffic(length)      bytes of it that attention reads for a row of so many tokens
     fused                the form of its attention for `fused.attention.compiled_attention`
 
@@ -20,7 +21,8 @@ the first run of a CUDA graph warms up.
 from functools import partial
 
 from model import OTHERS
-from neighbours import retrieve
+from neighbours import evict, fit, retrieve
 from quantize import PRESETS
 
 OTHERS |= {name: partial(retrieve.configs, preset) for name, preset in PRESETS.items()}
+OTHERS |= {"h2o": evict.h2o, "prefixkv": fit.prefixkv, "gate": fit.gate}

@@ -1,0 +1,69 @@
+"""Fits to a model what some methods need before they run, by forward passes over a text.
+
+    python -m neighbours.calibrate METHOD FILE --text book.txt --checkpoint smollm2-135m-instruct
+
+The file goes behind the method's name: `generate.py --kv METHOD:FILE`. Take another text than the
+one that a quality is measured on.
+"""
+import argparse
+
+import torch
+
+from checkpoint.hub import resolve
+from checkpoint.text import load_tokenizer, read_text
+from model import Transformer
+from neighbours import fit, fitted, registry  # noqa: F401 - the names of all caches
+from program import console
+
+# By method: a function of (model, tokens [rows, n], its own options) to the tensors of the file, by
+# name; and what adds these options to the command line.
+COMMANDS = {
+    "prefixkv": (fit.fit_slots, lambda add: add(
+        "--slots", type=int, default=256, help="of a layer, in the mean (default 256)")),
+    "gate": (fit.fit_gate, lambda add: add(
+        "--share", type=float, default=0.2, help="of the tokens that stay (default 0.2)")),
+}
+
+
+def rows_of(tokenizer, text, rows, n):
+    """Tokens [rows, n] from the beginning of a text. raises ValueError: it is too short"""
+    start = tokenizer.encode("").ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    own = n - len(start)  # of the text, in a row
+    if rows < 1 or own < 1 or len(ids) < rows * own:
+        raise ValueError(f"a text of {len(ids)} tokens does not give {rows} rows of {n} tokens: "
+                         "take a longer --text, or fewer --rows or --tokens")
+    return torch.tensor([start + ids[i * own : (i + 1) * own] for i in range(rows)])
+
+
+def parse(argv):
+    """The values of the command line, by name."""
+    parser = console.Parser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="method", required=True, metavar="method")
+    for name, (run, add_options) in COMMANDS.items():
+        add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
+        add("file", metavar="FILE", help="where the result goes")
+        add("--checkpoint", help="as in generate.py")
+        add("--text", required=True, help="text file")
+        add("--rows", type=int, default=4, help="rows of text (default 4)")
+        add("--tokens", type=int, default=1024, help="tokens of a row (default 1024)")
+        add_options(add)
+    return vars(parser.parse_args(argv))
+
+
+@torch.no_grad()
+def calibrate(method, file, checkpoint, text, rows, tokens, **options):
+    folder = resolve(checkpoint)
+    tokens = rows_of(load_tokenizer(folder), read_text(text), rows, tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Transformer.from_pretrained(folder, device)
+    fitted.write(file, method, COMMANDS[method][0](model, tokens.to(device), **options))
+
+
+def main(argv=None):
+    console.guarded(lambda argv: calibrate(**parse(argv)), argv)
+
+
+if __name__ == "__main__":
+    main()
