@@ -12,13 +12,14 @@ import torch
 from checkpoint.hub import resolve
 from checkpoint.text import load_tokenizer, read_text
 from model import Transformer
-from neighbours import fitted, nuq_levels, registry  # noqa: F401 - the names of all caches
+from neighbours import fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
 from program import console
 
 # By method: a function of (model, tokens [rows, n], its own options) to the tensors of the file, by
 # name; and what adds these options to the command line.
 COMMANDS = {
     "nuq": (nuq_levels.calibrate, lambda add: None),
+    "predict": (predict.fit, lambda add: None),
 }
 
 

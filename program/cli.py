@@ -6,6 +6,7 @@ import torch
 import generate
 from checkpoint.hub import resolve
 from checkpoint.text import chat_template, read_text
+from neighbours.predict import predicting
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
@@ -59,6 +60,8 @@ def start(argv):
     prefix = read_text(args.prefix) if args.prefix else ""
     shared = {"device": device, "dtype": dtype, "ranks": (rank(), processes())}
     model, tokenizer = generate.load(folder, weights=args.weights, progress=note_loading, **shared)
+    if args.predict:
+        predicting(model, args.predict)
     draft = load_draft(args.draft, tokenizer, **shared) if args.draft else None
     note()
     options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
@@ -167,6 +170,8 @@ def parser():
     add("--group-size", type=int, help="G, elements that share scale and zero (kivi2: 32)")
     add("--residual", type=int, help="R, recent tokens in full precision (kivi2: 128)")
     add("--sink", type=int, help="S, first tokens in full precision (kivi2: 0)")
+    add("--predict", metavar="FILE", help="read prompts with half of the layers and predict K and "
+        "V of the others, by what `python -m neighbours.calibrate predict FILE` has fitted")
     add("--save-cache", metavar="FILE", help="write what the cache holds after one prompt or a "
         "conversation; --load-cache goes on from there")
     add("--load-cache", metavar="FILE",
