@@ -148,7 +148,7 @@ class Block(nn.Module):
             v[:, :, P + first : P + end] = new_v
             finite += [torch.isfinite(q).all(), *map(self.cache.storable, (new_k, new_v))]
             if hasattr(self.cache, "observe"):  # it ranks tokens by the attention they get
-                self.cache.observe(q, k[:, :, : P + end], row)
+                self.cache.observe(q, k[:, :, : P + end], row, ends - start - first)
             y = causal(q, k[:, :, : P + end], v[:, :, : P + end], self.window)
             x[:, first:end] = self.after(part, y)
         self.cache.fill(k[:, :, P:], v[:, :, P:], start, ends, row)

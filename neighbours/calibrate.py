@@ -12,12 +12,16 @@ import torch
 from checkpoint.hub import resolve
 from checkpoint.text import load_tokenizer, read_text
 from model import Transformer
-from neighbours import fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
+from neighbours import fit, fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
 from program import console
 
 # By method: a function of (model, tokens [rows, n], its own options) to the tensors of the file, by
 # name; and what adds these options to the command line.
 COMMANDS = {
+    "prefixkv": (fit.fit_slots, lambda add: add(
+        "--slots", type=int, default=256, help="of a layer, in the mean (default 256)")),
+    "gate": (fit.fit_gate, lambda add: add(
+        "--share", type=float, default=0.2, help="of the tokens that stay (default 0.2)")),
     "nuq": (nuq_levels.calibrate, lambda add: None),
     "predict": (predict.fit, lambda add: None),
 }
@@ -39,8 +43,8 @@ def parse(argv):
     parser = console.Parser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="method", required=True, metavar="method")
-    for name, (fit, add_options) in COMMANDS.items():
-        add = commands.add_parser(name, help=fit.__doc__, description=fit.__doc__).add_argument
+    for name, (run, add_options) in COMMANDS.items():
+        add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
         add("file", metavar="FILE", help="where the result goes")
         add("--checkpoint", help="as in generate.py")
         add("--text", required=True, help="text file")
@@ -59,8 +63,8 @@ def calibrate(argv):
     tokens = rows_of(load_tokenizer(folder), read_text(text), rows, n)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.from_pretrained(folder, device)
-    fit, _ = COMMANDS[method]
-    fitted.write(file, method, fit(model, tokens.to(device), **options))
+    run, _ = COMMANDS[method]
+    fitted.write(file, method, run(model, tokens.to(device), **options))
 
 
 def main(argv=None):

@@ -17,7 +17,6 @@ Not: levels are plain k-means, without weights of gradients, and 2 bits have no 
      model neither made a difference, and so forward passes calibrate.
 Beyond: `residual` newest tokens are exact if it is above 0."""
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 
 import torch
@@ -183,7 +182,7 @@ class NuqCache(Cache):
         return x[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def nuq_configs(bits, file, model):
+def configs(bits, file, model):
     """The configs of nuq2:FILE or nuq3:FILE, one a layer; the file holds what `calibrate` found.
 
     raises ValueError: the file cannot be used, or the model has no such cache
@@ -203,6 +202,3 @@ def nuq_configs(bits, file, model):
               "k_levels": tensors[f"k_levels{bits}"], "v_levels": tensors[f"v_levels{bits}"]}
     layers = [{name: x[layer] for name, x in tables.items()} for layer in range(c.n_layers)]
     return [NuqConfig(bits, bits, tables=layer | {"freq": model.freq}) for layer in layers]
-
-
-NUQ = {f"nuq{bits}": partial(nuq_configs, bits) for bits in BITS}

@@ -8,16 +8,20 @@ KVConfig, with
 
 and the cache may have, beside what kivi.Cache has,
 
-    observe(q, k, row)   called while a prompt is read, before its `fill`: q [b, H, n, D] attends to
+    observe(q, k, row, real)
+                         called while a prompt is read, before its `fill`: q [b, H, n, D] attends to
                          k [b, Hk, T, D], all tokens up to the last of these queries, in the rows
-                         from `row` on
+                         from `row` on; the first real [b] of the queries are no padding
     traffic(length)      bytes of it that attention reads for a row of so many tokens
     fused                the form of its attention for `fused.attention.compiled_attention`
 
 A decode step may run twice at the same position before the next one, and must leave the same state:
 the first run of a CUDA graph warms up.
 """
-from model import OTHERS
-from neighbours.nuq import NUQ
+from functools import partial
 
-OTHERS |= NUQ
+from model import OTHERS
+from neighbours import evict, fit, nuq
+
+OTHERS |= {"h2o": evict.h2o, "prefixkv": fit.prefixkv, "gate": fit.gate,
+           "nuq2": partial(nuq.configs, 2), "nuq3": partial(nuq.configs, 3)}

@@ -31,9 +31,9 @@ program.parallel program.console
 checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoint.shares
 checkpoint.room checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
-neighbours.fitted neighbours.observed neighbours.tiers neighbours.evict
-neighbours.nuq_levels neighbours.nuq neighbours.retrieve
-neighbours.predict neighbours.skip neighbours.registry neighbours.calibrate
+neighbours.fitted neighbours.observed neighbours.tiers neighbours.evict neighbours.fit
+neighbours.nuq_levels neighbours.nuq neighbours.retrieve neighbours.predict neighbours.skip
+neighbours.registry neighbours.calibrate
 decoding.decoder decoding.speculate
 generate
 program.memory program.report program.saved program.chat program.batch program.cli

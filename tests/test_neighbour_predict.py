@@ -1,4 +1,4 @@
-"""neighbours/predict.py: K and V of the upper layers by a linear map, against one token at a time."""
+"""neighbours/predict.py: K and V of upper layers by a linear map, against one token at a time."""
 import math
 
 import pytest
