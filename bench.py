@@ -123,7 +123,7 @@ def forms(device, caches):
 def heads_as_rows(q, k, v):
     """The library's attention, with the query heads of a KV head as the rows of one product."""
     rows = q.view(*k.shape[:2], -1, k.shape[3])
-    return F.scaled_dot_product_attention(rows, k, v).view(q.shape)
+    return F.scaled_dot_product_attention(rows, k, v).reshape(q.shape)
 
 
 def over_tensors(run, q, k, v):

@@ -371,15 +371,19 @@ class Transformer(nn.Module):
         The host calls `cache.advance()` before, passes t = `cache.tokens(cache.length)`, and calls
         `flush` if `cache.completes_key_block()`. Nothing here waits for the device.
         """
-        step, pos = self.step, self.cache.pos
+        step, pos, layers = self.step, self.cache.pos, self.path()
         x, cos, sin = step.start(self, tokens, pos)
-        q = step.before(self.layers[0], x, cos, sin, pos)
-        for layer, following in pairwise(self.layers):
+        q = step.before(layers[0], x, cos, sin, pos)
+        for layer, following in pairwise(layers):
             y = step.attend(layer.cache, q, pos, t)
             x, q = step.between(layer, following, x, y, cos, sin, pos)
-        y = step.attend(self.layers[-1].cache, q, pos, t)
+        y = step.attend(layers[-1].cache, q, pos, t)
         pos += 1
-        return step.last(self.layers[-1], self.norm, self.head, x, y)
+        return step.last(layers[-1], self.norm, self.head, x, y)
+
+    def path(self):
+        """The layers of the next decode step."""
+        return self.layers
 
     @torch.no_grad()
     def flush(self):

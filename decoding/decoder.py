@@ -84,7 +84,7 @@ class Decoder:
         self.on_compile = None
         self.counts = {"compile_s": 0.0, "compile_steps": 0}
         self._started = False
-        self.graphs = {}  # CUDA graphs by the number of tokens that attention reads
+        self.graphs = {}  # CUDA graphs by the numbers of tokens that attention reads and of layers
         self._captures = token.is_cuda if graphs is None else graphs
         self._pool = None  # of memory, which all graphs share
 
@@ -112,7 +112,7 @@ class Decoder:
         cache.advance()
         length = bucket(cache.length, cache.block) if self._captures else cache.length
         t = cache.tokens(length)  # [n]
-        if self._is_prepared(len(t)):
+        if self._is_prepared(t):
             self._run(t)
             if cache.completes_key_block():
                 self.model.flush()
@@ -120,10 +120,14 @@ class Decoder:
             self._prepare(t)
         self._started = True
 
-    def _is_prepared(self, n_tokens):
-        """Does a step that reads so many tokens neither compile nor capture anything?"""
+    def _graph(self, t):
+        """The key of the graph of a step that reads the tokens t."""
+        return len(t), len(self.model.path())
+
+    def _is_prepared(self, t):
+        """Does a step that reads these tokens neither compile nor capture anything?"""
         if self._captures:
-            return n_tokens in self.graphs
+            return self._graph(t) in self.graphs
         return self._started or not self.model.compiled
 
     def _prepare(self, t):
@@ -145,7 +149,7 @@ class Decoder:
 
     def _run(self, t):
         if self._captures:
-            self.graphs[len(t)].replay()
+            self.graphs[self._graph(t)].replay()
         else:
             self._step(t)
 
@@ -171,7 +175,7 @@ class Decoder:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             self._step(t)
         self._pool = graph.pool()
-        self.graphs[len(t)] = graph
+        self.graphs[self._graph(t)] = graph
 
 
 class Mailbox:

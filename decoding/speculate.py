@@ -159,7 +159,7 @@ class Speculator(Decoder):
         length = cache.length + self.n
         length = bucket(length, cache.block) if self._captures else length
         t = cache.tokens(length)
-        if self._is_prepared(len(t)):
+        if self._is_prepared(t):
             self._run(t)
         else:
             self._prepare(t)

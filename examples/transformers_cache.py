@@ -8,13 +8,16 @@ Before transformers 5.24 the argument of `generate` was past_key_values; since t
 
 Making the cache switches the model to an attention function that is exact over a prompt and reads
 the packed codes afterwards: K and V are never kept in full precision. Greedy, sampling, beams,
-left-padded batches, sliding windows and tokens that a later mask hides are right. Assisted decoding
-is refused (what is quantized cannot be taken back), and so are right padding, training, and
-attention that is more than softmax(q . K) . V.
+left-padded batches, sliding windows, tokens that a later mask hides, prompts in chunks, second
+turns, prompt lookup and an assistant model are right; `crop` takes back what the last forward call
+brought. Refused are right padding, training, a choice among rows (contrastive search), and
+attention that is more than softmax(q . K) . V. Speed, and what works with torch.compile:
+docs/transformers.md.
 """
 import sys
 from dataclasses import replace
 from inspect import signature
+from math import isclose
 from pathlib import Path
 
 import torch
@@ -24,104 +27,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers_layer import Call, KiviLayer  # sets the path to what is imported next
+
+from kivi import PRESETS, KiviCache
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # not needed beside copies of kivi.py and quantize.py
-from kivi import PRESETS, KiviCache  # noqa: E402
-
-
-class KiviLayer(DynamicLayer):
-    def __init__(self, config, max_len, options):
-        super().__init__()
-        self.config = config
-        self.max_len = max_len
-        self.options = options
-        self.reset()
-
-    def reset(self):
-        self.cache = None
-        self.seen = 0  # tokens of a row, padding too: columns of the mask
-        self.waiting = False  # for `attention` to store what `update` has counted
-
-    def update(self, key, value, *args, **kwargs):
-        implementation = self.config._attn_implementation
-        if implementation != "kivi":
-            raise ValueError(f"the model's attention is {implementation}, not kivi: "
-                             "call model.set_attn_implementation('kivi')")
-        self.waiting = True
-        self.seen += key.shape[2]
-        key.layer = self  # `attention`, which gets the key next, finds the cache here
-        return key, value
-
-    def prefill(self, key, value, mask):
-        """Left-padded rows become the right-padded ones of KiviCache.
-
-        key, value [B, Hk, L, D]; mask [B, L, L]: what a token sees
-        """
-        B, Hk, L, D = key.shape
-        t = torch.arange(L, device=key.device)
-        real = mask.diagonal(dim1=1, dim2=2)  # only padding does not see itself
-        lengths = real.sum(1)
-        self.first = L - lengths[:, None]  # [B, 1] column of a row's first token
-        if not torch.equal(real, t >= self.first):
-            raise ValueError("padding that is not to the left of a prompt: "
-                             "set tokenizer.padding_side = 'left'")
-        self.cache = KiviCache(B, Hk, self.max_len, D,
-                               dtype=key.dtype, device=key.device, **self.options)
-        column = (t + self.first).clamp(max=L - 1)[:, None, :, None].expand_as(key)
-        self.cache.prefill(key.gather(2, column), value.gather(2, column), lengths.tolist())
-        self.waiting = False
-
-    def decode(self, query, key, value, mask):
-        """One token after the other; more than one only where a conversation goes on.
-
-        query [B, H, L, D], key, value [B, Hk, L, D], mask [B, L, tokens] -> [B, L, H, D]
-        """
-        cache, (L, n), out = self.cache, mask.shape[1:], []
-        cache.check(L, k=key, v=value, q=query)
-        padding = torch.arange(n, device=key.device) < self.first
-        real = mask[:, :, -L:].diagonal(dim1=1, dim2=2)
-        if not real.all() or (mask & padding[:, None]).any():
-            raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
-                             "padding and show the new tokens: go on with equally many a row")
-        with torch.autocast(query.device.type, enabled=False):
-            for i in range(L):
-                q, k, v = (x[:, :, i, None] for x in (query, key, value))
-                cache.append(k, v)
-                pos, t = cache.pos - 1, cache.tokens(cache.length)
-                seen = mask[:, i].gather(1, (t + self.first).clamp(max=n - 1))
-                seen = seen[:, None] & cache.seen(pos[:, None, None], t)
-                out.append(cache.attention(q, pos, t, seen))
-        self.waiting = False
-        return torch.cat(out, 2).transpose(1, 2)
-
-    def get_seq_length(self):
-        return self.seen
-
-    def get_max_length(self):
-        return self.max_len
-
-    def reorder_cache(self, beam_idx):
-        for x in (self.first, *self.cache.contents().values()):
-            x.copy_(x[beam_idx.to(x.device)])
-        self.cache.lengths[:] = [self.cache.lengths[i] for i in beam_idx.tolist()]
-
-    def crop(self, tokens_to_remove):
-        if tokens_to_remove:
-            raise ValueError("a KIVI cache cannot be cropped, what is quantized cannot be "
-                             "taken back: decode without an assistant")
-
-    def activate_past_recording(self):
-        self.crop(1)
-
-    def batch_repeat_interleave(self, repeats):
-        raise ValueError("a KIVI cache has a fixed number of rows: "
-                         "repeat the prompts before the first step")
-
-    batch_select_indices = batch_repeat_interleave
+LAYERS = {"full_attention", "sliding_attention"}  # of the names that a config may give them
 
 
 def refuse(module, options):
@@ -137,32 +51,33 @@ def refuse(module, options):
         raise ValueError("use_cache=False beside a cache: leave it out, also of the model's config")
 
 
-def visible(mask, key, n):
-    """What the new tokens see of all n, [B, L, n]; without a mask all before them.
-
-    The mask alone says so: some models have their sliding window nowhere else.
-    """
-    B, _, L, _ = key.shape
-    if mask is None:
-        return key.new_ones(1, dtype=torch.bool).expand(B, L, n)
-    if mask.dtype != torch.bool or mask.shape[1:] != (1, L, n):
-        raise ValueError(f"a mask of attention must be [{B}, 1, {L}, {n}] in torch.bool (True: is "
-                         f"seen), got {list(mask.shape)} in {mask.dtype}")
-    return mask[:, 0].expand(B, L, n)
-
-
+@torch.compiler.disable  # in a compiled model it stays what it is: it has its own compiled parts
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The model's attention. query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D], None"""
+    """The model's attention. query [B, H, L, D], key, value [B, Hk, L, D] -> [B, L, H, D], None
+
+    What a token sees the mask alone says: some models have their sliding window nowhere else.
+    """
     layer = getattr(key, "layer", None)  # None without a cache, and with another one
     if layer is not None:
         refuse(module, kwargs)
         value = value.to(key.dtype)  # autocast may leave it in another
-        mask = visible(attention_mask, key, layer.seen)
-        if layer.cache is not None:
-            # What KiviCache does not multiply by itself.
-            unit = scaling * query.shape[3] ** 0.5 if scaling else 1
-            return layer.decode((query * unit).to(key.dtype), key, value, mask), None
-        layer.prefill(key, value, mask)
+        B, _, L, D = key.shape
+        mask, n = attention_mask, layer.seen
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (1, L, n)):
+            raise ValueError(f"a mask of attention must be [{B}, 1, {L}, {n}] in torch.bool (True: "
+                             f"is seen), got {list(mask.shape)} in {mask.dtype}")
+        if layer.cache is None:
+            layer.open(key)
+        lengths, causal = layer.look(mask, L)
+        if n == L:
+            layer.prefill(key, value, lengths)
+        else:
+            unit = scaling * D**0.5 if scaling else 1  # what KiviCache does not multiply by itself
+            query = query.to(key.dtype) if isclose(unit, 1) else (query * unit).to(key.dtype)
+            out = layer.attend(query, key, value, mask, lengths, causal)
+        layer.call.waiting = False
+        if n > L:
+            return out.transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask,
                                   scaling=scaling, **kwargs)
 
@@ -174,17 +89,25 @@ AttentionMaskInterface.register("kivi", sdpa_mask)
 class KiviPastKeyValues(Cache):
     """Room for max_len tokens a row.
 
-    kv, options  a name of PRESETS and what differs from it: k_bits, v_bits, group_size, ..
-    raises       ValueError: a model, a size or an option that the cache does not know
+    kv        a name of PRESETS: kivi2 (the paper's), kivi2+, kivi2-, kivi4 or k4v2
+    options   what differs from it: k_bits, v_bits (2, 4 or 8), group_size, residual (recent tokens
+              in full precision), sink (first tokens in full precision), boost (key channels in
+              twice the bits), v_group_size; see `quantize.KVConfig`
+    compiled  steps of one token by torch.compile, on CUDA in CUDA graphs too (None: on CUDA)
+    raises    ValueError: a model, a size or an option that the cache does not know
     """
 
-    def __init__(self, model, max_len, kv="kivi2", **options):
+    def __init__(self, model, max_len, kv="kivi2", compiled=None, **options):
         config = model.config.get_text_config(decoder=True)
         for name in ("num_kv_shared_layers", "attention_chunk_size", "kv_lora_rank",
                      "is_encoder_decoder"):
             if getattr(config, name, None):
                 raise ValueError(f"{type(model).__name__} has {name}, "
                                  "which a KIVI cache does not know")
+        others = {*(getattr(config, "layer_types", None) or ())} - LAYERS
+        if others:
+            raise ValueError(f"{type(model).__name__} has layers of {', '.join(sorted(others))}, "
+                             "which a KIVI cache does not know")
         if kv not in PRESETS:
             raise ValueError(f"unknown kv {kv!r}; known: {', '.join(PRESETS)}")
         head_dim = getattr(config, "head_dim", None)
@@ -199,15 +122,22 @@ class KiviPastKeyValues(Cache):
         if config._attn_implementation != "kivi":  # transformers has said why
             raise ValueError(f"the attention of {type(model).__name__} cannot be replaced: "
                              "a KIVI cache is not for this model")
-        n_layers = config.num_hidden_layers
-        super().__init__(layers=[KiviLayer(config, max_len, options) for _ in range(n_layers)])
+        self.call = Call()
+        super().__init__(layers=[KiviLayer(config, max_len, options, compiled, self.call)
+                                 for _ in range(config.num_hidden_layers)])
 
+    @torch.compiler.disable
     def update(self, key, value, layer_idx, *args, **kwargs):
         # The config that a layer asks is not that of another model, or of a copy.
-        if any(layer.waiting for layer in self.layers):
+        if self.call.waiting:
             raise ValueError("tokens never reached this cache: call its reset(), and "
                              "set_attn_implementation('kivi') of the model that uses it")
+        self.call.waiting = True
         return super().update(key, value, layer_idx, *args, **kwargs)
+
+    def reset(self):
+        super().reset()
+        self.call.reset()
 
     @property
     def nbytes(self):

@@ -41,6 +41,10 @@ LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q 
     "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
     "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},
 }
+CORRECTED = {  # by kind, and whether the kernel has y
+    ("softmax", True): {"YBLOCK": 1, "XBLOCK": 32},  # a constant number of blocks
+    ("blocks", False): {"XBLOCK": 4, "R0_BLOCK": 256},  # ranks of pages, neighbours/retrieve.py
+}
 
 
 def compiled_attention(device, form=None, plain=Cache.attention):
@@ -118,14 +122,15 @@ def joined(blocks, window):
     return ((weight * out).sum(2) + window_weight * window_out) / total
 
 
-def packed_scores(cache, rows, n_blocks):
-    """q . K / sqrt(D) of the packed keys: rows [B, Hk, M, D] -> P of [B, Hk, nb, M, C / P]."""
+def packed_scores(cache, rows, n_blocks, part=first):
+    """q . K / sqrt(D) of the packed keys: rows [B, Hk, M, D] -> P of [B, Hk, nb, M, C / P]. `part`
+    takes the blocks out of a buffer."""
     bits, G, D = cache.config.k_bits, cache.config.group_size, cache.head_dim
     P = 8 // bits
     U = cache.block // (P * G)
-    packed = first(cache.k_packed, n_blocks, U)  # [B, Hk, nb, U, G, D + n]
-    scale = first(cache.k_scale, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
-    zero = first(cache.k_zero, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
+    packed = part(cache.k_packed, n_blocks, U)  # [B, Hk, nb, U, G, D + n]
+    scale = part(cache.k_scale, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
+    zero = part(cache.k_zero, n_blocks, U, P)  # [B, Hk, nb, U, P, 1, D]
     if rows.dtype == torch.float32:
         zero = zero + scale.float() * middle(bits, cache.config.boosted(D), D, zero.device)
     zero = zero.flatten(3, 5).to(rows.dtype)  # [B, Hk, nb, U * P, D]
@@ -138,8 +143,7 @@ def packed_scores(cache, rows, n_blocks):
     for a, (codes, factor) in enumerate(numbers(packed, bits, rows.dtype)):
         parts = fold(rows[:, :, None, None], scale[:, :, :, :, a], cache.dtype)
         of_codes = product(*((part, codes, factor * D**-0.5) for part in parts))
-        of_codes = of_codes.transpose(3, 4)  # [B, Hk, nb, M, U, G]
-        scores.append((of_codes + of_zero[..., a, None]).flatten(-2))
+        scores.append((of_codes.transpose(3, 4) + of_zero[..., a, None]).flatten(-2))
     return scores
 
 
@@ -175,17 +179,19 @@ def fold(rows, scale, dtype):
     return [high.to(torch.float16), (exact - high).to(torch.float16)]
 
 
-def softmax_of_blocks(cache, scores, pos, own, starts):
+def softmax_of_blocks(cache, scores, pos, own, starts, part=first):
     """Attention over the tokens whose values are quantized, block by block.
 
+    starts   first token of every block, [nb] or [B, Hk, nb]
     returns  largest score and sum of weights [B, Hk, nb, M], weighted values [B, Hk, nb, M, D]
     """
-    c, C = cache.config, cache.block
-    t = starts.int()[:, None] + torch.arange(C, dtype=torch.int32, device=pos.device)  # [nb, C]
-    newest = pos.int()[:, None, None]
-    seen = ((t >= c.sink) & (t < newest - c.residual))[:, None, :, None]  # [B, 1, nb, 1, C]
+    c = cache.config
+    t = torch.arange(cache.block, dtype=torch.int32, device=pos.device)
+    t = starts.int()[..., None, None] + t  # [.., nb, 1, C]
+    newest = pos.int()[:, None, None, None, None]
+    seen = (t >= c.sink) & (t < newest - c.residual)  # [B, 1 or Hk, nb, 1, C]
     if cache.sliding is not None:
-        seen = seen & (t[:, None] > own.int()[:, None, None, :, None] - cache.sliding)
+        seen = seen & (t > own.int()[:, None, None, :, None] - cache.sliding)
     seen = by_plane(seen, len(scores), c.group_size)
     scores = [x.masked_fill(~ok, NEVER) for x, ok in zip(scores, seen)]
     if c.k_bits != c.v_bits:  # other planes for V: through the order of tokens
@@ -193,7 +199,7 @@ def softmax_of_blocks(cache, scores, pos, own, starts):
         scores = by_plane(torch.stack(scores, -2).flatten(-3), 8 // c.v_bits, c.group_size)
     top = reduce(torch.maximum, scores).amax(-1)  # [B, Hk, nb, M]
     p = [(x - top[..., None]).exp() for x in scores]
-    return top, sum(p).sum(-1), packed_values(cache, p, starts.shape[0], pos.is_cuda)
+    return top, sum(p).sum(-1), packed_values(cache, p, starts.shape[-1], pos.is_cuda, part)
 
 
 def by_plane(x, planes, group_size):
@@ -201,13 +207,13 @@ def by_plane(x, planes, group_size):
     return x.unflatten(-1, (-1, planes, group_size)).movedim(-2, 0).flatten(-2).unbind(0)
 
 
-def packed_values(cache, p, n_blocks, half):
+def packed_values(cache, p, n_blocks, half, part=first):
     """p . V of the packed values: p, P of [B, Hk, nb, M, C / P] -> [B, Hk, nb, M, D]."""
     bits, G, P = cache.config.v_bits, cache.config.group_size, len(p)
     U = cache.block // (P * G)
-    packed = first(cache.v_packed, n_blocks, U).unflatten(4, (cache.v_scale.shape[3], -1))
+    packed = part(cache.v_packed, n_blocks, U).unflatten(4, (cache.v_scale.shape[3], -1))
     packed = packed.permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)  # [B, Hk, nb, D / G, G, C / P]
-    scale, zero = (first(x, n_blocks, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
+    scale, zero = (part(x, n_blocks, U, P).permute(0, 1, 2, 4, 5, 3, 6).flatten(-2)
                    for x in (cache.v_scale, cache.v_zero))  # [B, Hk, nb, P, D / G, C / P]
     if half:
         p = [stored(x.to(torch.float16)) for x in p]
@@ -222,7 +228,7 @@ def packed_values(cache, p, n_blocks, half):
     return (of_codes + of_zero[..., None]).transpose(3, 4).flatten(-2)
 
 
-def softmax_of_window(cache, rows, scores, pos):
+def softmax_of_window(cache, rows, scores, pos, first_block=0):
     """Attention over the tokens whose values are exact: the sinks and the last R + 1.
 
     returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
@@ -231,27 +237,23 @@ def softmax_of_window(cache, rows, scores, pos):
     unseen = t < 0
     if cache.sliding is not None:
         unseen = unseen | (t <= pos[:, None] - cache.sliding)
-    recent = window_scores(cache, rows, scores, pos, t).masked_fill(unseen[:, None, None], NEVER)
+    recent = window_scores(cache, rows, scores, pos, t, first_block)
+    recent = recent.masked_fill(unseen[:, None, None], NEVER)
     return softmax_of(recent, cache.v_window.to(rows.dtype))
 
 
-def window_scores(cache, rows, scores, pos, t):
-    """[B, Hk, M, slots]: scores of the window's tokens t [B, slots], for a query at pos."""
+def window_scores(cache, rows, scores, pos, t, first_block=0):
+    """[B, Hk, M, slots]: scores of the window's tokens t [B, slots], for a query at pos; those of
+    the blocks begin at `first_block`, a number or [B, 1]."""
     c, G, P, C = cache.config, cache.config.group_size, len(scores), cache.block
-    B, Hk, M, D = rows.shape
-    device = pos.device
-    recent = product((rows, cache.k_window.to(rows.dtype), D**-0.5))
+    recent = product((rows, cache.k_window.to(rows.dtype), cache.head_dim**-0.5))
     # Between the boundaries of K and V the value is exact and the key is quantized: such scores
     # come from the planes, from the place of the token there.
     exact = (t < c.sink) | (t >= (pos // c.residual * c.residual)[:, None])
-    place = t.clamp(0, scores[0].shape[2] * C - 1)[:, None, None]
-    index = (
-        torch.arange(B, device=device)[:, None, None, None],
-        torch.arange(Hk, device=device)[:, None, None],
-        place // C,
-        torch.arange(M, device=device)[:, None],
-        place % C // (P * G) * G + place % G,
-    )
+    place = (t - first_block * C).clamp(0, scores[0].shape[2] * C - 1)[:, None, None]
+    in_plane = place % C // (P * G) * G + place % G
+    B, Hk, M = (torch.arange(n, device=pos.device) for n in rows.shape[:3])
+    index = B[:, None, None, None], Hk[:, None, None], place // C, M[:, None], in_plane
     plane = place // G % P
     for a, x in enumerate(scores):
         recent = torch.where(exact[:, None, None] | (plane != a), recent, x[index])
@@ -367,17 +369,17 @@ def launches():
     Without them, Inductor starts at tiles many times larger, which spill registers, and timing its
     lists takes a minute a kernel.
     """
-    from torch._inductor.choices import InductorChoices
+    from torch._inductor.choices import InductorChoices as Choices
     from torch._inductor.codegen.triton import FixedTritonConfig
 
-    class Launches(InductorChoices):
+    class Launches(Choices):
         can_fuse = staticmethod(products_may_fuse)
 
         def triton_kernel_kwargs(self, kernel_cls, features, groups, kernel_kwargs):
             kind = kernel_kind(features)
             if kind is None:
                 return kernel_kwargs
-            launch = dict(LAUNCH[kind])
+            launch = LAUNCH[kind] | CORRECTED.get((kind, "y" in groups[0]), {})
             if kind == "uneven" and int(groups[0]["y"]) % 64 == 0:
                 launch["YBLOCK"] = 64  # groups of 64: with 32, up to 12 % slower
             dims = {name.upper() + "BLOCK" for name in ("x", "y", "z", "r0_") if name in groups[0]}
@@ -388,19 +390,17 @@ def launches():
         def should_use_persistent_reduction(features, cooperative_reduction):
             kind = kernel_kind(features)
             if kind is None:
-                ask = InductorChoices.should_use_persistent_reduction
-                return ask(features, cooperative_reduction)
+                return Choices.should_use_persistent_reduction(features, cooperative_reduction)
             return "R0_BLOCK" not in LAUNCH[kind]  # a softmax: one pass over the scores, not three
 
         @staticmethod
         def reduction_split_factor(device, reduction_numel, numel, inner_reduction):
             if reduction_numel <= 8192:  # a sum over the window would be cut into two kernels
                 return 1
-            ask = InductorChoices.reduction_split_factor
-            return ask(device, reduction_numel, numel, inner_reduction)
+            return Choices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return f"kivi-7 {LAUNCH}"  # part of the key of the compile caches
+            return f"kivi-8 {LAUNCH}"  # part of the key of the compile caches
 
     return Launches()
 

@@ -65,7 +65,7 @@ def shape_of_maps(c):
     return c.n_layers // 2, c.dim + 1, 2 * c.n_kv_heads * c.head_dim
 
 
-def predicting(model, file):
+def predict_layers(model, file):
     """Lets a model predict from now on, with the maps that `fit` wrote.
 
     raises ValueError: the file cannot be used; the model is divided among processes

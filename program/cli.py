@@ -6,7 +6,8 @@ import torch
 import generate
 from checkpoint.hub import resolve
 from checkpoint.text import chat_template, read_text
-from neighbours.predict import predicting
+from neighbours.predict import predict_layers
+from neighbours.skip import skip_layers
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
@@ -31,7 +32,8 @@ RANGES = {
     "speculate": (1, 15),
 }
 NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
-APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate")]
+APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate"),
+         ("skip", "speculate")]
 
 
 def main(argv=None):
@@ -60,8 +62,10 @@ def start(argv):
     prefix = read_text(args.prefix) if args.prefix else ""
     shared = {"device": device, "dtype": dtype, "ranks": (rank(), processes())}
     model, tokenizer = generate.load(folder, weights=args.weights, progress=note_loading, **shared)
+    if args.skip:
+        skip_layers(model, args.skip)
     if args.predict:
-        predicting(model, args.predict)
+        predict_layers(model, args.predict)
     draft = load_draft(args.draft, tokenizer, **shared) if args.draft else None
     note()
     options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
@@ -164,14 +168,14 @@ def parser():
     add("--dtype", choices=generate.DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile the decode step (default: on cuda, where it pays for the tokens asked for)")
+    add("--predict", metavar="FILE", help="half of the layers read prompts: KV Prediction, fitted")
+    add("--skip", metavar="HIGH:LOW", help="fewer layers for later tokens: SkipDecode, if trained")
     add = p.add_argument_group("cache").add_argument
     add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
         "kivi2+, kivi2-, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
     add("--group-size", type=int, help="G, elements that share scale and zero (kivi2: 32)")
     add("--residual", type=int, help="R, recent tokens in full precision (kivi2: 128)")
     add("--sink", type=int, help="S, first tokens in full precision (kivi2: 0)")
-    add("--predict", metavar="FILE", help="read prompts with half of the layers and predict K and "
-        "V of the others, by what `python -m neighbours.calibrate predict FILE` has fitted")
     add("--save-cache", metavar="FILE", help="write what the cache holds after one prompt or a "
         "conversation; --load-cache goes on from there")
     add("--load-cache", metavar="FILE",
@@ -195,8 +199,7 @@ def parser():
         help="--prompts: a text in front of every prompt, which is read once")
     add("--batch-size", type=batch_size,
         help="--prompts: rows that run together (default auto: as many as fit)")
-    add("--memory-gb", type=float,
-        help="GiB that weights, cache and activations may take (default: what is free)")
+    add("--memory-gb", type=float, help="GiB for weights, cache and activations (default: all free)")
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, help="default 200, or what the context leaves")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")

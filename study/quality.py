@@ -7,7 +7,9 @@ decoding does. A single forward pass would never read it.
 import math
 import random
 import statistics
+import time
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,9 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint.hub import EMBEDDED, resolve
 from checkpoint.text import chat_template
 from generate import DTYPES, generate, load
-from study.measure import print_table, say
+from model import make_cache
+from program.memory import cache_sizes
+from study.measure import print_table, say, synchronize
 from study.models import at_length
 from study.prompts import DEPTHS, TASKS, make_case, text_rows
+from study.scatter import scatter
 from study.variants import STUDY, Fake, simulate
 
 CACHES = {  # label -> arguments of setup_caches; the first is the measure of all others
@@ -33,6 +38,7 @@ CACHES = {  # label -> arguments of setup_caches; the first is the measure of al
     "kivi2, 4 sinks": {"kv": "kivi2", "sink": 4},
     "kivi2, R = 32": {"kv": "kivi2", "residual": 32},
 }
+LENGTHS = 1024, 8192, 32768  # tokens of a row whose bytes the table says
 QUESTIONS = ("prefilled", "decoded")  # how a question comes; its answer is always decoded
 
 
@@ -54,12 +60,13 @@ def add_arguments(add):
     add("--tasks", nargs="*", choices=TASKS, default=["pass key", "multi-key"],
         help="what they ask (default: pass key and multi-key)")
     add("--seed", type=int, default=0, help="of these prompts")
+    add("--plot", metavar="FILE", help="draws bytes and KL of every cache into this SVG file")
     add("--study", action="store_true",
         help="also simulate the paper's variants and the ideas beyond it")
 
 
 def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tokens, prefill,
-            greedy, lengths, trials, batch, tasks, seed, study):
+            greedy, lengths, trials, batch, tasks, seed, plot, study):
     """perplexity, KL, greedy choices and answers through the cache; --study: the long table"""
     model, tokenizer = load(checkpoint, device, DTYPES[dtype], weights=weights)
     words = Path(text).read_text(encoding="utf-8")
@@ -94,6 +101,8 @@ def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tok
         column = {"task": task, "tokens": length, "question": question}
         answers += answered(model, chosen, cases, batch, column)
     print_answers(answers)
+    if plot:
+        scatter(plot, results.rows(), answers, LENGTHS[1])
 
 
 def read_text(results, model, caches, windows, prefill, greedy, longest):
@@ -103,20 +112,27 @@ def read_text(results, model, caches, windows, prefill, greedy, longest):
     own = generate(model, windows[:, :prefill], greedy, kv="bf16", stop=())[:, prefill:]
     base = None
     for label, cache in caches.items():
+        begin = time.perf_counter()
         logp = decoded(model, cache, prompt, windows[:, prefill:-1])
+        synchronize()
+        ms = (time.perf_counter() - begin) / (windows.shape[1] - prefill) * 1e3
         base = logp if base is None else base
         bits, whole = stored_bits(model, cache, longest)
         row = {"cache": label, "simulated": isinstance(cache, Fake), "bits": bits,
-               "bits_whole": whole, **text_metrics(logp, base, windows[:, prefill:]),
+               "bits_whole": whole, "bytes": row_bytes(model, cache), "ms": ms,
+               **text_metrics(logp, base, windows[:, prefill:]),
                **greedy_metrics(decoded(model, cache, prompt, own[:, :-1]), own)}
         results.add(row)
         say(f"  {label}: perplexity {row['perplexity']:.3f}, KL {row['kl']:.4f}")
+    lengths = " / ".join(map(str, LENGTHS))
     print_table(
-        "cache | stored bits | whole cache | perplexity | mean KL | 99th percentile | top-1 | "
-        "greedy top-1 | greedy tokens alike",
+        f"cache | stored bits | whole cache | MiB at {lengths} | perplexity | "
+        "mean KL | 99th percentile | top-1 | greedy top-1 | greedy tokens alike | ms a step",
         [f"{row['cache']} | {row['bits']:.2f} | {row['bits_whole']:.2f} | "
-         f"{row['perplexity']:.3f} | {row['kl']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.3f} | "
-         f"{row['greedy_top1']:.3f} | {row['greedy_alike']:g}" for row in results.rows()])
+         f"{' / '.join(f'{n / 2**20:.2f}' for n in row['bytes'])} | {row['perplexity']:.3f} | "
+         f"{row['kl']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.3f} | "
+         f"{row['greedy_top1']:.3f} | {row['greedy_alike']:g} | {row['ms']:.1f}"
+         for row in results.rows()])
 
 
 def answered(model, caches, cases, batch, column):
@@ -226,10 +242,24 @@ def stored_bits(model, cache, length):
     layers = []
     for config in [cache] if isinstance(cache, Fake) else model.kv_configs(**cache):
         bits, exact = 16, 0
-        if config:
+        if hasattr(config, "stored_bits"):
+            bits = config.stored_bits(head_dim)
+            exact = (config.sink + config.residual) / length
+        elif config:
             k_bits = config.k_bits * (1 + config.boosted(head_dim) / head_dim)
             k_bits += 32 / config.group_size
             bits = (k_bits + config.v_bits + 32 / config.value_group(head_dim)) / 2
             exact = (config.sink + config.residual) / length
         layers.append((bits, bits + (16 - bits) * exact))
     return map(statistics.mean, zip(*layers))
+
+
+def row_bytes(model, cache):
+    """Bytes that one row's caches take in half precision, with room for each of LENGTHS tokens."""
+    c, total = model.config, []
+    for length in [] if isinstance(cache, Fake) else LENGTHS:
+        shape = 1, c.n_kv_heads, length, c.head_dim
+        layers = [cache_sizes(partial(make_cache, config), *shape, dtype=torch.bfloat16)
+                  for config in model.kv_configs(**cache)]
+        total.append(sum(sum(layer.values()) for layer in layers))
+    return total

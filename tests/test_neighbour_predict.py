@@ -35,7 +35,7 @@ def file(folder, tmp_path_factory):
 @pytest.fixture
 def model(folder, file):
     model = Transformer.from_pretrained(folder)
-    predict.predicting(model, file)
+    predict.predict_layers(model, file)
     return model
 
 
@@ -160,4 +160,4 @@ def test_what_cannot_be_is_refused(file, exact, model, monkeypatch):
         model.setup_caches(1, 20, "bf16")
     exact.config.ranks = 0, 2
     with pytest.raises(ValueError, match="torchrun"):
-        predict.predicting(exact, file)
+        predict.predict_layers(exact, file)

@@ -14,6 +14,7 @@ import generate
 from decoding.speculate import Lookup, Lookups, Speculator, speculator
 from fused.attention import compiled_attention
 from fused.drafts import drafted, fused_drafted, leaving
+from fused.full import full_attention
 from fused.step import append_drafts, commit
 from model import Transformer
 
@@ -59,6 +60,16 @@ def test_a_draft_sees_what_its_own_step_would_see(name, dtype):
     """Guards against a value that is read exactly after it has left the window, or twice, or not at
     all, and against drafts that see those behind them."""
     check_drafts(name, dtype, drafted)
+
+
+@pytest.mark.parametrize("name", set(SHAPES) - set(CASES))
+def test_the_librarys_grouped_kernel_gets_a_query_a_head(name):
+    """What CUDA does. Guards against the masks of other drafts."""
+    cache, q, k, v = some_drafts(name, torch.float32)
+    append_drafts(cache, k, v, cache.pos, torch.tensor([5, 5, 5, 5]))
+    t = cache.tokens(cache.length + 5)
+    by_head, by_row = (full_attention(cache, q, cache.pos, t, grouped) for grouped in (True, False))
+    assert rel(by_head, by_row) < 1e-6
 
 
 @pytest.mark.parametrize("name", CASES)

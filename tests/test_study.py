@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from calling import ENV, ROOT, check_error, run
 from reference import make_checkpoint, write_kvtuner
 
 import bench
+from generate import load
 from kivi import FullCache, KiviCache
 from study.prompts import make_case
-from study.quality import CACHES
+from study.quality import CACHES, row_bytes
+from study.scatter import scatter
 from study.variants import STUDY
 
 TINY = ("--models", "tiny", "--device", "cpu")
@@ -26,6 +29,33 @@ def measured(*args, file):
     result = json.loads(out.splitlines()[-1])
     assert result == json.loads(Path(file).read_text())
     return result, out
+
+
+def test_a_picture_has_small_caches_to_the_left_and_good_ones_below(tmp_path):
+    """Guards against axes that are turned, and names that are no XML."""
+    sizes = {"full precision": (16, 0.0, 10), "kivi4": (5, 0.01, 10), "a < b": (2, 1.0, 0)}
+    rows = [{"cache": name, "bytes": [1, n * 2**20, 1], "kl": kl}
+            for name, (n, kl, _) in sizes.items()]
+    answers = [{"cache": name, "hits": [1] * n} for name, (_, _, n) in sizes.items()]
+    scatter(tmp_path / "caches.svg", rows, answers, 8192)
+    root = ElementTree.parse(tmp_path / "caches.svg").getroot()
+    four, two = [x.attrib for x in root if x.tag.endswith("circle")]
+    assert int(two["cx"]) < int(four["cx"]) and int(two["cy"]) < int(four["cy"])
+    assert four["fill"] == "rgb(0,200,40)" and two["fill"] == "rgb(200,0,40)"
+    assert [x.text for x in root][3::2] == ["kivi4: 5.0 MiB, KL 0.010", "a < b: 2.0 MiB, KL 1.000"]
+
+
+def test_the_bytes_of_a_row_are_those_that_are_allocated():
+    """Guards against a table whose bytes leave out a buffer."""
+    model, _ = load(dtype=torch.bfloat16)
+    for kv, more in (("bf16", {}), ("kivi2+", {"residual": 256}), ("kivi2:read=128", {})):
+        model.setup_caches(1, 1024, kv, **more)
+        apart = ("pos", "index", "rows")  # of a cache by itself: layers share them
+        allocated = sum(x.untyped_storage().nbytes() for layer in model.layers
+                        for name, x in layer.cache.named_buffers() if name not in apart)
+        per_layer = 8 * (1024 + 1 + 1)
+        stated = row_bytes(model, {"kv": kv, **more})[0]
+        assert stated == allocated + model.config.n_layers * per_layer
 
 
 @pytest.mark.slow

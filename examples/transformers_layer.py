@@ -1,0 +1,317 @@
+"""One layer of the cache of transformers_cache.py: a KiviCache that follows a mask.
+
+A forward call brings one token a row (a step), a few (drafts of an assistant, a short turn) or many
+(a part of a prompt). Steps and drafts are read as the paper has it; the tokens of a prompt read one
+another exactly. What tokens replaced in the window is kept until the next call, so that `crop` can
+put it back; codes beyond a length have no meaning.
+"""
+import sys
+import weakref
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+# Not needed beside copies of what is imported here.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from decoding.decoder import bucket, side_stream  # noqa: E402
+from fused.attention import compiled_attention  # noqa: E402
+from fused.drafts import drafted, leaving  # noqa: E402
+from fused.step import EXACT  # noqa: E402
+from kivi import KiviCache  # noqa: E402
+from quantize import take  # noqa: E402
+
+# So many tokens of a forward call, and no more, are read as by as many steps, and can be taken
+# back. An assistant drafts fewer; what they replace is kept in full precision.
+DRAFTS = 64
+
+
+def store(cache, k, v, pos, replaced):
+    """Puts token pos [B] into the cache, k, v [B, Hk, 1, D], and what it replaces in the window
+    into `replaced`, two tensors like k."""
+    slot = cache.slot(pos)
+    for old, window in zip(replaced, (cache.k_window, cache.v_window)):
+        old.copy_(window[cache.rows, :, slot][:, :, None])
+    cache.write(k, v, pos[:, None])
+    cache.quantize_value(pos[:, None])
+
+
+@lru_cache
+def compiled_parts(device_type):
+    """`store` and the attention of one token, compiled once for all layers of all caches."""
+    limit = torch._dynamo.config.recompile_limit  # caches differ in shape and options
+    torch._dynamo.config.recompile_limit = max(64, limit)
+    return torch.compile(store, fullgraph=True, options=EXACT), compiled_attention(device_type)
+
+
+class Graphs(dict):
+    """CUDA graphs of a layer's step, and its output there, by the tokens that attention reads."""
+
+    inputs = None  # q, k and v of a step, where the graphs read them
+
+    def __deepcopy__(self, memo):
+        return Graphs()  # they know the addresses of the cache that is copied
+
+
+class Call:
+    """What the layers share of a forward call."""
+
+    def __init__(self):
+        self.pool = None  # memory of all CUDA graphs
+        self.reset()
+
+    def reset(self):
+        self.waiting = False  # for `attention` to store what `update` has counted
+        self.mask, self.says = lambda: None, None  # a mask, and what `examine` found there
+
+
+class KiviLayer(DynamicLayer):
+    """A KiviCache, and where its rows lie in the columns of the mask."""
+
+    def __init__(self, config, max_len, options, compiled, call):
+        super().__init__()
+        self.config, self.max_len, self.options = config, max_len, options
+        self.compiled, self.call = compiled, call
+        self.reset()
+
+    def reset(self):
+        self.cache = None
+        self.graphs = Graphs()
+        self.replaced = ()  # K and V of the window that the last tokens took the place of
+        self.seen = 0  # tokens of a row, padding too: columns of the mask
+
+    def update(self, key, value, *args, **kwargs):
+        implementation = self.config._attn_implementation
+        if implementation != "kivi":
+            raise ValueError(f"the model's attention is {implementation}, not kivi: "
+                             "call model.set_attn_implementation('kivi')")
+        self.seen += key.shape[2]
+        key.layer = self  # `attention`, which gets the key next, finds the cache here
+        return key, value
+
+    @torch.inference_mode(False)
+    def open(self, key):
+        """Makes the cache for rows like those of key [B, Hk, L, D]."""
+        B, Hk, _, D = key.shape
+        self.cache = KiviCache(B, Hk, self.max_len, D,
+                               dtype=key.dtype, device=key.device, **self.options)
+        self.one = [torch.zeros_like(self.cache.k_window[:, :, :1]) for _ in "kv"]
+        # The column of a row's first token.
+        self.first = torch.zeros(B, 1, dtype=torch.int64, device=key.device)
+        self.padded = False
+
+    def look(self, mask, L):
+        """What `examine` says, asked once a call: the answer waits for the device."""
+        B, call = self.cache.batch, self.call
+        if mask is None and not self.padded:
+            return [L] * B, True
+        if mask is None or mask is not call.mask():
+            call.says = self.examine(mask, L)
+            call.mask = weakref.ref(mask)
+        lengths = call.says[0]
+        if min(lengths) < L:
+            self.first = self.first + L - torch.tensor(lengths, device=self.first.device)[:, None]
+            self.padded = True
+        return call.says
+
+    def examine(self, mask, L):
+        """mask [B or 1, 1, L, seen]: (new tokens of each row, the others being padding to the left;
+        does a token see all before it, and no padding?)"""
+        n = self.seen
+        if mask is None:
+            mask = self.first.new_ones(1, 1, L, n, dtype=torch.bool)
+        mask = mask[:, 0].expand(self.cache.batch, L, n)
+        t = torch.arange(n, device=mask.device)
+        own = t[n - L:]
+        real = mask[:, :, n - L:].diagonal(dim1=1, dim2=2)  # only padding does not see itself
+        lengths = real.sum(1)
+        first = self.first + L - lengths[:, None]
+        causal = torch.equal(mask, (t <= own[:, None]) & (t >= first[:, :, None]))
+        to_the_left = causal or torch.equal(real, own >= first)
+        if n == L and not to_the_left:
+            raise ValueError("padding that is not to the left of a prompt: "
+                             "set tokenizer.padding_side = 'left'")
+        if n > L and not causal and (
+                not to_the_left or (mask & (t < first)[:, None]).any()):
+            raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
+                             "padding and show the new tokens: go on with equally many a row")
+        return lengths.tolist(), causal
+
+    @torch.no_grad()
+    def attend(self, q, k, v, mask, lengths, causal):
+        """Stores the tokens k, v [B, Hk, L, D] and attends from q [B, H, L, D] -> [B, H, L, D].
+
+        mask, lengths, causal  see `examine`
+        """
+        L = q.shape[2]
+        with torch.autocast(q.device.type, enabled=False):
+            if L == 1 and causal:
+                return self.step(q, k, v)
+            if causal and (L > DRAFTS or min(lengths) < L):
+                return self.extend(q, k, v, lengths)
+            if min(lengths) < L:
+                raise ValueError("prefill_chunk_size cuts through padding under a mask that hides "
+                                 "tokens: leave it out")
+            cache, R, out = self.cache, self.cache.config.residual, []
+            cache.check_new(1, None, k=k, v=v, q=q)
+            self.keep(k, v, lengths)
+            while L:
+                # Drafts must not go beyond the end of a key block.
+                n = min(L, *(R - x % R for x in cache.lengths)) if causal else 1
+                parts = [x[:, :, -L:][:, :, :n] for x in (q, k, v)]
+                out.append(self.drafts(*parts) if causal else self.hidden(*parts, mask[:, 0, -L]))
+                L -= n
+            return torch.cat(out, 2)
+
+    def step(self, q, k, v):
+        """One token a row, after which nothing but the padding is hidden."""
+        cache, compiled = self.cache, self.compiled
+        cache.check(1, k=k, v=v, q=q)
+        if not q.is_cuda:
+            cache.check_finite(slice(None), k=k, v=v)
+        cache.advance()
+        self.replaced = self.one
+        if compiled is None:
+            compiled = q.is_cuda
+        if compiled and q.is_cuda:
+            out = self.replay(q, k, v)
+        else:
+            parts = compiled_parts(q.device.type) if compiled else (store, KiviCache.attention)
+            out = self.run(parts, q, k, v, cache.tokens(cache.length))
+        if cache.completes_key_block():
+            cache.quantize_keys(cache.pos - 1)
+        return out
+
+    def run(self, parts, q, k, v, t):
+        cache, (store, attend) = self.cache, parts
+        store(cache, k, v, cache.pos, self.one)
+        out = attend(cache, q, cache.pos, t)
+        cache.pos += 1
+        return out
+
+    def replay(self, q, k, v):
+        """`run` as the replay of a CUDA graph, in which the host has next to nothing to do."""
+        cache, graphs = self.cache, self.graphs
+        t = cache.tokens(bucket(cache.length, cache.block))
+        with torch.cuda.device(q.device):
+            if len(t) not in graphs:
+                self.capture(q, k, v, t)
+            for x, new in zip(graphs.inputs, (q, k, v)):
+                x.copy_(new)
+            graph, out = graphs[len(t)]
+            graph.replay()
+        return out  # read before the layer's next step, which will write there
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture(self, q, k, v, t):
+        """Captures a step in a graph. The cache afterwards is the one from before."""
+        graphs, parts = self.graphs, compiled_parts("cuda")
+        if graphs.inputs is None:
+            graphs.inputs = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+        main, stream = torch.cuda.current_stream(), side_stream(t.device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            self.run(parts, *graphs.inputs, t)  # compiles
+        main.wait_stream(stream)
+        self.take_back(1)
+        self.cache.advance()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: a streamer does.
+        with torch.cuda.graph(graph, pool=self.call.pool, capture_error_mode="thread_local"):
+            out = self.run(parts, *graphs.inputs, t)
+        self.call.pool = graph.pool()
+        graphs[len(t)] = graph, out
+
+    def drafts(self, q, k, v):
+        """A few tokens, read as by so many steps."""
+        cache, n = self.cache, q.shape[2]
+        t = cache.tokens(cache.length + n)
+        out = drafted(cache, q, cache.pos, t, k, v, leaving(cache, cache.pos, n))
+        cache.fill(k, v, cache.pos, cache.pos + n)
+        cache.set_lengths([x + n for x in cache.lengths])
+        return out
+
+    def hidden(self, q, k, v, mask):
+        """One token a row, where the mask [B or 1, seen] hides some."""
+        cache = self.cache
+        cache.append(k, v)
+        pos, t = cache.pos - 1, cache.tokens(cache.length)
+        column = (t + self.first).clamp(max=self.seen - 1)
+        seen = mask.expand(cache.batch, -1).gather(1, column) & cache.seen(pos[:, None], t)
+        return cache.attention(q, pos, t, seen[:, None])
+
+    def extend(self, q, k, v, lengths):
+        """Many tokens: a part of a prompt, whose own tokens are read exactly."""
+        self.cache.check(q.shape[2], k=k, v=v, q=q)
+        padding, (q, k, v) = self.to_the_right(lengths, q, k, v)
+        self.keep(k, v, lengths)
+        out = self.cache.extend(q, k, v, lengths)
+        return take(out, self.cache.index[: q.shape[2]] - padding)
+
+    @torch.no_grad()
+    def prefill(self, k, v, lengths):
+        """Stores the last `lengths` [B] of the tokens k, v [B, Hk, L, D] of prompts."""
+        _, (k, v) = self.to_the_right(lengths, k, v)
+        ends = self.cache.check_new(0, lengths, k=k, v=v)
+        self.keep(k, v, lengths)
+        self.cache.fill(k, v, self.cache.pos, ends)
+        self.cache.set_lengths(ends.tolist())
+
+    def to_the_right(self, lengths, *tensors):
+        """Padding [B, 1] to the left of the tokens of a row, and the tensors [B, .., L, D] with it
+        to the right, as KiviCache has it."""
+        L = tensors[0].shape[2]
+        padding = L - torch.tensor(lengths, device=self.first.device)[:, None]
+        if min(lengths) < L:
+            t = torch.arange(L, device=padding.device)
+            tensors = [take(x, t + padding) for x in tensors]
+        return padding, tensors
+
+    def keep(self, k, v, lengths):
+        """Keeps what the last of the new tokens k, v [B, Hk, L, D] will replace in the window: by
+        then other new ones may lie there."""
+        cache, n = self.cache, min(DRAFTS, *lengths)
+        ends = cache.pos + torch.tensor(lengths, device=k.device)
+        t = ends[:, None] - n + torch.arange(n, device=k.device) - cache.config.residual - 1
+        self.replaced = [cache.pick(name, x, t, cache.pos[:, None], slice(None))
+                         for name, x in (("k", k), ("v", v))]
+
+    def take_back(self, n):
+        """Takes the last n tokens of every row back."""
+        cache = self.cache
+        slots = min(n, cache.config.residual + 1)  # what the others replaced was new, too
+        t = cache.pos[:, None] - n + torch.arange(slots, device=cache.pos.device)
+        place = cache.rows[:, None], slice(None), cache.slot(t)
+        for window, old in zip((cache.k_window, cache.v_window), self.replaced):
+            window[place] = old[:, :, -n:][:, :, :slots].transpose(1, 2)
+        cache.set_lengths([x - n for x in cache.lengths])
+
+    def crop(self, tokens_to_remove):
+        n, kept = -tokens_to_remove, self.replaced[0].shape[2] if self.replaced else 0
+        if not 0 <= n <= kept:
+            raise ValueError(f"{n} tokens cannot be taken back from a KIVI cache, only the newest "
+                             f"{kept} can: reset() it and give it the text again")
+        if n:
+            self.take_back(n)
+            self.replaced = [x[:, :, : kept - n] for x in self.replaced]
+            self.seen -= n
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_max_length(self):
+        return self.max_len
+
+    def reorder_cache(self, beam_idx):
+        tensors = (self.first, *self.replaced, *self.cache.contents().values())
+        for x in tensors:
+            x.copy_(x[beam_idx.to(x.device)])
+        self.cache.lengths[:] = [self.cache.lengths[i] for i in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats):
+        raise ValueError("a KIVI cache has a fixed number of rows: "
+                         "repeat the prompts before the first step")
+
+    batch_select_indices = batch_repeat_interleave

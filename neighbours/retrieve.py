@@ -1,0 +1,181 @@
+"""KIVI's cache, of which a step reads only the pages that its query can use.
+
+A page is the smallest number of tokens that shares no byte with others: 4 groups. Its bound is the
+most that any of its keys can score: zero and zero + (2^bits - 1) * scale are the smallest and the
+largest number of a channel in a group, so q . k <= sum_d max(q_d min_d, q_d max_d). Each KV head
+reads the pages with the largest bounds, and all that is exact. Nothing is dropped, so a later query
+may read what an earlier one did not need.
+
+Quest (arXiv 2406.10774) keeps such bounds beside a full-precision cache; KIVI has them already.
+As published: the bound, and a fixed number of tokens a step. Not: its pages are 16 tokens, and its
+first two layers read everything. With by=mean a page counts by its mean key, as a block does in
+ReKV (arXiv 2503.00540); the middle of a channel's range stands for the mean. Not of ReKV: one
+choice for all heads and a whole answer, new positions, and blocks on the host (`state` is there).
+
+    --kv kivi2:read=2048, kivi2+:read=4096,by=mean
+"""
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch.nn import functional as F
+
+from fused.attention import (
+    NEVER, attention, first, joined, middle, packed_scores, product, query_rows, slot_tokens,
+    softmax_of_blocks, softmax_of_window, stored,
+)
+from kivi import KiviCache
+from quantize import KVConfig, dequantize_groups, take
+
+FAR = 2**30  # the token where a page begins that is not there
+
+
+@dataclass(frozen=True)
+class ReadConfig(KVConfig):
+    read: int = 2048  # quantized tokens that a step reads
+    by: str = "bound"  # or "mean": what a page counts by
+
+    @property
+    def page(self):
+        return 4 * self.group_size
+
+    def check(self, head_dim):
+        super().check(head_dim)
+        if self.read < self.page or self.read % self.page:
+            raise ValueError(f"read must be a multiple of {self.page} tokens, got {self.read}")
+        if self.by not in ("bound", "mean"):
+            raise ValueError(f"by must be bound or mean, got {self.by!r}")
+
+    def make(self, *shape, **kind):
+        return RetrieveCache(*shape, **vars(self), **kind)
+
+
+def bounds(cache, rows, n_pages):
+    """The most that a key of each of the first pages can score (or its middle key does), of all
+    queries of a KV head: rows [B, Hk, M, D] -> [B, Hk, pages]."""
+    c, D, groups = cache.config, cache.head_dim, cache.page // cache.config.group_size
+    scale, zero = (first(x, n_pages, groups).flatten(2, 4).to(rows.dtype)  # [B, Hk, groups, D]
+                   for x in (cache.k_scale, cache.k_zero))
+    if c.boost:
+        rows = rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows))
+    half = middle(c.k_bits, c.boosted(D), D, rows.device)  # of the range of a channel's codes
+    reach = (2 * rows.clamp(min=0) if cache.by == "bound" else rows) * half
+    scores = product((rows, zero, 1.0), (reach.to(rows.dtype), scale, 1.0))
+    return scores.unflatten(-1, (n_pages, groups)).amax((2, 4))
+
+
+def pages_of(cache, rows, pos, n_pages):
+    """The pages that a step reads, [B, Hk, chosen + newest], and the first of the newest, [B].
+
+    rows [B, Hk, M, D] of queries at pos [B]; of the first n_pages are chosen, -1 where there are
+    fewer. The newest hold the keys of exact values: they come last, in order, and are always read.
+    """
+    c, device = cache.config, pos.device
+    page = torch.arange(n_pages, device=device)
+    newest = (pos - c.residual).clamp(min=0) // cache.page  # [B]
+    there = (page < newest[:, None])[:, None]
+    bound = stored(torch.where(there, bounds(cache, rows, n_pages), NEVER))  # [B, Hk, pages]
+    # Ranks by comparison: a sort would be a call of the library, which nothing fuses with.
+    other, own = bound[..., None, :], bound[..., None]
+    above = (other > own) | (other == own) & (page < page[:, None])
+    rank = torch.where(there, stored(above.sum(-1)), -1)  # [B, Hk, pages]
+    place = torch.arange(cache.n_chosen, device=device)[:, None]
+    chosen = ((rank[:, :, None] == place) * (page + 1)).sum(-1) - 1  # [B, Hk, chosen]
+    always = newest[:, None] + torch.arange(cache.n_newest, device=device)
+    always = torch.where(always < cache.capacity // cache.page, always, -1)[:, None]
+    always = always.expand(-1, cache.n_kv_heads, -1)
+    return stored(torch.cat([chosen, always], 2)), newest
+
+
+def newest_pages(residual, page):
+    """Pages that can hold the tokens with an exact value and a quantized key."""
+    aligned = residual % page == 0 or page % residual == 0
+    return -(-residual // page) + (not aligned)
+
+
+def gathered(pages, x, n, *inner):
+    """As `fused.attention.first`, but of the pages [B, Hk, n]."""
+    per_page = prod(inner)
+    entry = pages.clamp(min=0)[..., None] * per_page + torch.arange(per_page, device=x.device)
+    B, Hk = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    return x[B[:, None, None, None], Hk[:, None, None], entry].unflatten(3, inner)
+
+
+def fused_attention(cache, q, pos, starts):
+    """`RetrieveCache.attention` as `fused.attention.attention` has it: a block is a page."""
+    if cache.reads_all:
+        return attention(cache, q, pos, starts)
+    rows = query_rows(cache, q)
+    pages, newest = pages_of(cache, rows, pos, starts.shape[0])
+    part = partial(gathered, pages)
+    scores = packed_scores(cache, rows, pages.shape[2], part)
+    begin = torch.where(pages < 0, FAR, pages * cache.page)
+    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], begin, part)
+    window = softmax_of_window(cache, rows, scores, pos, (newest - cache.n_chosen)[:, None])
+    return joined(blocks, window).view(q.shape).to(q.dtype)
+
+
+class RetrieveCache(KiviCache):
+    """A KiviCache that reads `read` quantized tokens a step, see ReadConfig.
+
+    `extend` and a prompt behind a past read everything.
+    """
+
+    fused = staticmethod(fused_attention)
+
+    def __init__(self, *shape, read, by, **options):
+        super().__init__(*shape, **options)
+        self.page, self.by = 4 * self.config.group_size, by
+        self.block, self.n_chosen = self.page, read // self.page
+        self.n_newest = newest_pages(self.config.residual, self.page)
+        self.reads_all = self.n_chosen + self.n_newest >= self.capacity // self.page
+
+    def attention(self, q, pos, t, seen=None, beside=None):
+        if self.reads_all or seen is not None:
+            return super().attention(q, pos, t, seen, beside)
+        c, rows = self.config, q.float().reshape(len(q), self.n_kv_heads, -1, self.head_dim)
+        pages, newest = pages_of(self, rows, pos, min(len(t), self.capacity) // self.page)
+        k, v = (self.from_pages(name, pages) for name in "kv")  # [B, Hk, tokens, D]
+        held = torch.where(pages < 0, FAR, pages * self.page)[..., None]
+        held = (held + torch.arange(self.page, device=pos.device)).flatten(2)  # [B, Hk, tokens]
+        recent = slot_tokens(c, pos)  # [B, slots]
+        block = (pos // c.residual * c.residual)[:, None]
+        exact = ((recent >= block) | (recent < c.sink))[:, None, :, None]
+        place = recent - ((newest - self.n_chosen) * self.page)[:, None]
+        recent_k = torch.where(exact, self.k_window.float(), take(k, place))
+        oldest = (pos - c.residual)[:, None, None]
+        seen = self.seen(pos[:, None, None], held) & (held >= c.sink) & (held < oldest)
+        in_window = (recent >= 0) & self.seen(pos[:, None], recent)
+        seen = torch.cat([seen, in_window[:, None].expand(-1, k.shape[1], -1)], 2)[:, :, None]
+        k, v = torch.cat([k, recent_k], 2), torch.cat([v, self.v_window.float()], 2)
+        return F.scaled_dot_product_attention(rows, k, v, seen).reshape(q.shape).to(q.dtype)
+
+    def from_pages(self, name, pages):
+        """code * scale + zero of the tokens of these pages, float32 [B, Hk, tokens, D]."""
+        bits, *parts = self.parts(name)
+        n = self.capacity // self.page
+        parts = (gathered(pages, x, 0, x.shape[2] // n).flatten(2, 3) for x in parts)
+        order = self.order() if name == "k" else None
+        return dequantize_groups(*parts, self.config, name, order)
+
+    def traffic(self, length):
+        """Bytes that attention reads: of every group the scales and zeros of K, then the pages."""
+        c, D = self.config, self.head_dim
+        seen = min(length, self.n_chosen * self.page + c.residual)
+        k_bits = (D + c.boosted(D)) * c.k_bits + D // c.group_size * 8 * 2 * self.k_scale.itemsize
+        v_bits = D * c.v_bits + D // c.value_group(D) * 8 * 2 * self.k_scale.itemsize
+        bounds = 0 if self.reads_all else length // c.group_size * 2 * D * self.k_scale.itemsize
+        window = 2 * (c.residual + 1 + c.sink) * D * self.dtype.itemsize
+        return self.n_kv_heads * (seen * (k_bits + v_bits) // 8 + bounds + window)
+
+
+def configs(preset, argument, model):
+    """The configs of `PRESET:read=N,by=KIND` for every layer."""
+    options = {}
+    for part in argument.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("read", "by") or name == "read" and not value.isdecimal():
+            raise ValueError(f"unknown {part!r} behind --kv's colon: use read=TOKENS, and by=mean")
+        options[name] = int(value) if name == "read" else value
+    return [ReadConfig(**vars(preset), **options)] * model.config.n_layers
