@@ -2,8 +2,8 @@
 
     python -m neighbours.calibrate METHOD FILE --text book.txt --checkpoint smollm2-135m-instruct
 
-The file goes behind the method's name: `generate.py --kv METHOD:FILE`. Take another text than the
-one that a quality is measured on.
+The file goes behind a name for --kv, mostly the method's: `generate.py --kv METHOD:FILE`. Take
+another text than the one that a quality is measured on.
 """
 import argparse
 

@@ -76,18 +76,18 @@ class NuqCache(Cache):
         config.check(head_dim)
         super().__init__(batch, n_kv_heads, max_len, head_dim, 128, sliding, dtype, device)
         self.config, self.slot = config, config.slot
-        for name, x in config.tables.items():
+        for name, x in config.tables.items():  # no buffers: `reset` must leave them
             setattr(self, name, x.to(device))
-        self.float = dtype if dtype == torch.float32 else torch.float16  # of outliers and ranges
+        self.metadata = dtype if dtype == torch.float32 else torch.float16  # of outliers and ranges
         tokens, channels = len(self.index), n_kv_heads * head_dim
         heads, of_token = (batch, n_kv_heads), (batch, 1, tokens)
         for name, bits in (("k", config.k_bits), ("v", config.v_bits)):
             self.add(f"{name}_packed", (*heads, tokens, head_dim * bits // 8), torch.uint8)
-            self.add(f"{name}_outlier", (*of_token, outliers(channels)), self.float)
+            self.add(f"{name}_outlier", (*of_token, outliers(channels)), self.metadata)
             self.add(f"{name}_channel", (*of_token, outliers(channels)), number_of(channels))
             self.add(f"{name}_window", (*heads, config.sink + config.residual + 1, head_dim), dtype)
-        self.add("v_scale", (*of_token, 1), self.float)
-        self.add("v_zero", (*of_token, 1), self.float)
+        self.add("v_scale", (*of_token, 1), self.metadata)
+        self.add("v_zero", (*of_token, 1), self.metadata)
 
     def used(self, name, length):
         return getattr(self, name).shape[2] if name.endswith("window") else length
@@ -138,7 +138,7 @@ class NuqCache(Cache):
         k, v = rotate(k.float(), cos, -sin), v.float()
         far = tokenwise((k - self.k_zero) / self.k_scale).abs()
         zero, scale, v_channel = value_range(v)
-        zero, scale = zero.to(self.float), scale.to(self.float)
+        zero, scale = zero.to(self.metadata), scale.to(self.metadata)
         k_channel = far.topk(v_channel.shape[-1]).indices
         return {"v_zero": zero, "v_scale": scale,
                 **self.coded("v", v, zero.float(), scale.float(), v_channel),
@@ -147,12 +147,12 @@ class NuqCache(Cache):
     def coded(self, name, x, zero, scale, channel):
         """Codes of x [B, Hk, n, D], and what they miss of its outliers, at `channel` [B, 1, n, ..]
         of the token: code and outlier add up."""
-        levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.float).max
+        levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.metadata).max
         codes = nearest((x - zero) / scale, levels)
         missed = tokenwise(x - (levels[codes.int()] * scale + zero)).gather(-1, channel)
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         return {f"{name}_packed": pack(codes, bits),
-                f"{name}_outlier": missed.clamp(-limit, limit).to(self.float),
+                f"{name}_outlier": missed.clamp(-limit, limit).to(self.metadata),
                 f"{name}_channel": channel.to(self.k_channel.dtype)}
 
     def read(self, pos, n, heads, rows=slice(None)):

@@ -59,12 +59,7 @@ def unpack(packed, bits):
 
 @torch.no_grad()
 def calibrate(model, tokens):
-    """KVQuant's ranges of K and levels of K and V, for --kv nuq2:FILE and nuq3:FILE
-
-    tokens [B, L]
-    returns k_zero, k_scale [layers, Hk, 1, D]; of 2 and 3 bits k_levels2 [layers, 4], k_levels3
-            [layers, 8], v_levels2, v_levels3; all float32 on the CPU
-    """
+    """ranges of K, levels of K and V (KVQuant): for --kv nuq2:FILE and nuq3:FILE"""
     model.setup_caches(*tokens.shape, "bf16")
     model.prefill(tokens)
     cos, sin = rotation(model.cache.index[None, : tokens.shape[1]], model.freq)
@@ -77,7 +72,11 @@ def calibrate(model, tokens):
 
 
 def calibrated(k, v):
-    """`calibrate` of one layer, from its keys before RoPE and its values."""
+    """`calibrate` of one layer, from its keys before RoPE and its values.
+
+    returns k_zero, k_scale [Hk, 1, D]; for 2 and 3 bits k_levels2 [4], k_levels3 [8], v_levels2,
+            v_levels3; float32
+    """
     numbers = k.transpose(0, 1).flatten(1, 2)  # [Hk, tokens, D]
     last = numbers.shape[1] - 1
     low, high = (numbers.kthvalue(1 + round(last * share), 1, keepdim=True).values

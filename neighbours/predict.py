@@ -80,15 +80,11 @@ def predict_layers(model, file):
 
 @torch.no_grad()
 def fit(model, tokens):
-    """maps from the middle of a model to K and V of the layers above, for --predict FILE
-
-    tokens [B, L]; returns maps [upper layers, dim + 1, 2 Hk D]: ridge regression, and the last row
-    is the bias
-    """
+    """K and V of the upper layers from what enters the middle one: for --predict FILE"""
     n_upper, inputs, _ = shape_of_maps(model.config)
     x = model.embed(tokens)
     cos, sin = model.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-    maps = []
+    maps = []  # by ridge regression
     for number, layer in enumerate(model.layers):
         if number == len(model.layers) - n_upper:
             rows = x[:, 1:].flatten(0, 1).double()  # the first token is exact, and unlike others
