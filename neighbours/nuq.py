@@ -76,7 +76,7 @@ class NuqCache(Cache):
         config.check(head_dim)
         super().__init__(batch, n_kv_heads, max_len, head_dim, 128, sliding, dtype, device)
         self.config, self.slot = config, config.slot
-        for name, x in config.tables.items():  # no buffers: `reset` must leave them
+        for name, x in config.tables.items():  # no buffers, which `reset` empties
             setattr(self, name, x.to(device))
         self.metadata = dtype if dtype == torch.float32 else torch.float16  # of outliers and ranges
         tokens, channels = len(self.index), n_kv_heads * head_dim

@@ -81,17 +81,18 @@ def predict_layers(model, file):
 @torch.no_grad()
 def fit(model, tokens):
     """K and V of the upper layers from what enters the middle one: for --predict FILE"""
-    n_upper, inputs, _ = shape_of_maps(model.config)
+    middle = len(model.layers) - shape_of_maps(model.config)[0]
     x = model.embed(tokens)
     cos, sin = model.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-    maps = []  # by ridge regression
+    maps = []
     for number, layer in enumerate(model.layers):
-        if number == len(model.layers) - n_upper:
+        if number == middle:
             rows = x[:, 1:].flatten(0, 1).double()  # the first token is exact, and unlike others
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
             square = rows.mT @ rows
+            # Ridge: inputs are many, and alike.
             square.diagonal().add_(1e-4 * square.diagonal().mean())
-        if number >= len(model.layers) - n_upper:
+        if number >= middle:
             unturned = torch.ones_like(cos), torch.zeros_like(sin)
             _, k, v = layer.attention.qkv(layer.attention_norm(x), *unturned)
             wanted = torch.cat([y.transpose(1, 2).flatten(2) for y in (k, v)], -1)

@@ -199,7 +199,7 @@ def parser():
         help="--prompts: a text in front of every prompt, which is read once")
     add("--batch-size", type=batch_size,
         help="--prompts: rows that run together (default auto: as many as fit)")
-    add("--memory-gb", type=float, help="GiB for weights, cache and activations (default: all free)")
+    add("--memory-gb", type=float, help="GiB of weights, cache and activations (default: all free)")
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, help="default 200, or what the context leaves")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
