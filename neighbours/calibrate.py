@@ -2,8 +2,8 @@
 
     python -m neighbours.calibrate METHOD FILE --text book.txt --checkpoint smollm2-135m-instruct
 
-The file goes behind the method's name: `generate.py --kv METHOD:FILE`. Take another text than the
-one that a quality is measured on.
+The file goes behind a name for --kv, mostly the method's: `generate.py --kv METHOD:FILE`. Take
+another text than the one that a quality is measured on.
 """
 import argparse
 
@@ -12,7 +12,7 @@ import torch
 from checkpoint.hub import resolve
 from checkpoint.text import load_tokenizer, read_text
 from model import Transformer
-from neighbours import fit, fitted, registry  # noqa: F401 - the names of all caches
+from neighbours import fit, fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
 from program import console
 
 # By method: a function of (model, tokens [rows, n], its own options) to the tensors of the file, by
@@ -22,6 +22,8 @@ COMMANDS = {
         "--slots", type=int, default=256, help="of a layer, in the mean (default 256)")),
     "gate": (fit.fit_gate, lambda add: add(
         "--share", type=float, default=0.2, help="of the tokens that stay (default 0.2)")),
+    "nuq": (nuq_levels.calibrate, lambda add: None),
+    "predict": (predict.fit, lambda add: None),
 }
 
 

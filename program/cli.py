@@ -6,6 +6,7 @@ import torch
 import generate
 from checkpoint.hub import resolve
 from checkpoint.text import chat_template, read_text
+from neighbours.predict import predict_layers
 from neighbours.skip import skip_layers
 from program import saved
 from program.batch import answer_all
@@ -63,6 +64,8 @@ def start(argv):
     model, tokenizer = generate.load(folder, weights=args.weights, progress=note_loading, **shared)
     if args.skip:
         skip_layers(model, args.skip)
+    if args.predict:
+        predict_layers(model, args.predict)
     draft = load_draft(args.draft, tokenizer, **shared) if args.draft else None
     note()
     options = {"group_size": args.group_size, "residual": args.residual, "sink": args.sink}
@@ -165,6 +168,7 @@ def parser():
     add("--dtype", choices=generate.DTYPES, help="default bfloat16 on cuda, float32 on cpu")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile the decode step (default: on cuda, where it pays for the tokens asked for)")
+    add("--predict", metavar="FILE", help="half of the layers read prompts: KV Prediction, fitted")
     add("--skip", metavar="HIGH:LOW", help="fewer layers for later tokens: SkipDecode, if trained")
     add = p.add_argument_group("cache").add_argument
     add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
@@ -195,8 +199,7 @@ def parser():
         help="--prompts: a text in front of every prompt, which is read once")
     add("--batch-size", type=batch_size,
         help="--prompts: rows that run together (default auto: as many as fit)")
-    add("--memory-gb", type=float,
-        help="GiB that weights, cache and activations may take (default: what is free)")
+    add("--memory-gb", type=float, help="GiB of weights, cache and activations (default: all free)")
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, help="default 200, or what the context leaves")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")

@@ -32,8 +32,8 @@ checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoin
 checkpoint.room checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
 neighbours.fitted neighbours.observed neighbours.tiers neighbours.evict neighbours.fit
-neighbours.nuq neighbours.retrieve neighbours.predict neighbours.skip neighbours.registry
-neighbours.calibrate
+neighbours.nuq_levels neighbours.nuq neighbours.retrieve neighbours.predict neighbours.skip
+neighbours.registry neighbours.calibrate
 decoding.decoder decoding.speculate
 generate
 program.memory program.report program.saved program.chat program.batch program.cli
