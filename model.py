@@ -332,6 +332,8 @@ class Transformer(nn.Module):
         if max(ends) > self.cache.max_len:
             raise ValueError(f"{max(ends)} tokens exceed the caches' {self.cache.max_len}")
         rows, chunk = self.groups(L, max(held), chunk)
+        if hasattr(self.cache, "observe"):
+            rows = 1  # the queries of padding would count
         logits, finite, row = [], [], 0
         while row < B:
             same = sum(1 for _ in takewhile(lambda n: n == held[row], held[row : row + rows]))

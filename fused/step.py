@@ -141,7 +141,7 @@ def compiled_step(config, device):
             return forms[kind](cache, q, pos, t)
         if not hasattr(kind, "fused"):
             return plain(cache, q, pos, dynamic(t))
-        forms[kind] = compiled_attention(device, kind.fused)
+        forms[kind] = compiled_attention(device, kind.fused, kind.attention)
         return forms[kind](cache, q, pos, t)
 
     return Step(compiled(start), linear(before), attend_any, linear(between), linear(last),

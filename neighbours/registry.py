@@ -18,5 +18,6 @@ A decode step may run twice at the same position before the next one, and must l
 the first run of a CUDA graph warms up.
 """
 from model import OTHERS
+from neighbours.tiers import mikv, tiers, zipvl
 
-OTHERS |= {}
+OTHERS |= {"tiers": tiers, "mikv": mikv, "zipvl": zipvl}

@@ -31,8 +31,8 @@ program.parallel program.console
 checkpoint.rope checkpoint.families checkpoint.names checkpoint.config checkpoint.shares
 checkpoint.room checkpoint.weights checkpoint.write checkpoint.hub checkpoint.text
 model
-neighbours.observed neighbours.tiers neighbours.evict neighbours.nuq neighbours.retrieve
-neighbours.predict neighbours.skip neighbours.registry neighbours.calibrate
+neighbours.observed neighbours.packed neighbours.tiers neighbours.evict neighbours.nuq
+neighbours.retrieve neighbours.predict neighbours.skip neighbours.registry neighbours.calibrate
 decoding.decoder decoding.speculate
 generate
 program.memory program.report program.saved program.chat program.batch program.cli
