@@ -62,8 +62,7 @@ class TierConfig(KVConfig):
                               f"group of {G} tokens: use another share, or a larger residual"),
             (self.sink > lo, f"sink must be at most {lo} tokens here, got {self.sink}"),
             (not 0 < self.shrink <= 1, f"shrink must be above 0, at most 1, got {self.shrink}"),
-            (self.lag < 0 or self.every < 1, f"lag must be at least 0 and every at least 1, got "
-                                             f"{self.lag} and {self.every}"),
+            (self.lag < 0 or self.every < 1, "lag must be 0 or more, every 1 or more"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -79,11 +78,8 @@ class TierConfig(KVConfig):
 
 
 class TierCache(ObservedCache):
-    """One layer's cache of a TierConfig. R tokens get their codes one step after they are complete
-    (and `lag` steps more), when all of their own queries have been counted.
-
-    raises ValueError: see TierConfig.check; a sliding window
-    """
+    """One layer's cache of a TierConfig. R tokens get their codes `lag` + 1 steps after the last of
+    them came, when its own query has been counted. raises ValueError: a sliding window"""
 
     @torch.inference_mode(False)
     def __init__(self, config, batch, n_kv_heads, max_len, head_dim, *, sliding=None,
@@ -134,10 +130,8 @@ class TierCache(ObservedCache):
             self.divide(*parts, t, ends, chosen, self.rows[rows])
 
     def divide(self, k, v, sums, t, counted, chosen, rows):
-        """Puts tokens t [b, n R] into the tiers of these rows [b], where `chosen` [b, n].
-
-        k, v [b, Hk, n R, D], sums [b, Hk, n R, 1] of a row's first `counted` [b] queries
-        """
+        """Puts tokens t [b, n R] into the tiers of these rows [b], where `chosen` [b, n]: k, v [b,
+        Hk, n R, D], and sums [b, Hk, n R, 1] of a row's first `counted` [b] queries."""
         R, n, rank = self.config.residual, chosen.shape[1], sums[..., 0]
         if self.config.mean:
             rank = rank / (counted[:, None] - t)[:, None]
@@ -180,8 +174,7 @@ class TierCache(ObservedCache):
         return [take(torch.cat(x, 2), order) for x in zip(*parts)]
 
     def fused(self, q, pos, starts):
-        """`attention` over packed codes, as in fused/attention.py: starts [nb], of blocks of tokens
-        that are blocks of both tiers."""
+        """`attention` over packed codes: starts [nb] as in fused/attention.py, of both tiers."""
         rows, blocks = query_rows(self, q), []
         for tier in self.tiers:
             scores = packed_scores(tier, rows, starts.shape[0])
