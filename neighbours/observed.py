@@ -69,7 +69,7 @@ class ObservedCache(Cache):
         for name, width, kind in (("k_window", head_dim, dtype), ("v_window", head_dim, dtype),
                                   ("sum_window", 1, torch.float32), ("paid", 1, torch.float32)):
             self.add(name, (*slots, width), kind)
-        self.add("payer", (batch, 1, 1), torch.int64)  # 1 + the token whose query paid; 0: counted
+        self.add("payer", (batch, 1, 1), torch.int64)  # 1 + the token whose query paid
 
     def slot(self, t):
         return self.ring.slot(t)
@@ -125,11 +125,9 @@ class ObservedCache(Cache):
         self.sum_window[self.rows[:, None], :, self.slot(pos)] = 0.0
 
     def count(self, pos, rows=slice(None)):
-        """Adds what the query before token pos [b] paid to the sums, unless that was done."""
-        payer = self.payer[rows, 0, 0]
-        is_new = (payer == pos) & (pos > 0)
-        self.sum_window[rows] += torch.where(is_new[:, None, None, None], self.paid[rows], 0)
-        payer.masked_fill_(is_new, 0)
+        """Adds what the query before token pos [b] paid to the sums, unless it is a later one."""
+        is_new = self.payer[rows] == pos[:, None, None]
+        self.sum_window[rows] += torch.where(is_new[..., None], self.paid[rows], 0)
 
     def attention(self, q, pos, t):
         """`Cache.attention` of one query a head, which pays the window's tokens."""

@@ -118,15 +118,15 @@ class TierCache(ObservedCache):
         return (pos - 1 - self.config.lag) // self.config.residual
 
     def pack(self, new, start, ends, rows):
-        """Divides what leaves the window as a row grows from `start` to `ends` [b] tokens."""
-        R, (B, Hk, n, D), starts = self.config.residual, new["k"].shape, start[:, None]
-        begin = self.coded(min(self.lengths[rows]))
-        end = self.coded(min(max(self.lengths[rows]) + n, self.max_len))
-        for begin, end in slices(max(0, begin) * R, max(0, end) * R, B * Hk * D, R):
+        """Divides what leaves the window as rows of as many tokens, `start`, grow to `ends` [b]."""
+        R, (B, Hk, n, D) = self.config.residual, new["k"].shape
+        begin, end = self.lengths[rows][0], min(self.lengths[rows][0] + n, self.max_len)
+        begin, end = (max(0, self.coded(length)) * R for length in (begin, end))
+        for begin, end in slices(begin, end, B * Hk * D, R):
             t = torch.arange(begin, end, device=start.device).expand(B, -1)
-            number = t[:, ::R] // R
-            chosen = (number >= self.coded(starts)) & (number < self.coded(ends[:, None]))
-            parts = [self.pick(name, x, t, starts, rows) for name, x in new.items()]
+            parts = [self.pick(name, x, t, start[:, None], rows) for name, x in new.items()]
+            # What is not complete in a shorter row is written again before it is read.
+            chosen = torch.ones_like(t[:, ::R], dtype=torch.bool)
             self.divide(*parts, t, ends, chosen, self.rows[rows])
 
     def divide(self, k, v, sums, t, counted, chosen, rows):
@@ -143,8 +143,7 @@ class TierCache(ObservedCache):
             tier.put(k.gather(2, i), v.gather(2, i), t[:, ::R] // R, chosen, rows)
 
     def completes_key_block(self):
-        done = [n - 1 - self.config.lag for n in self.lengths]
-        return any(n > 0 and n % self.config.residual == 0 for n in done)
+        return any((n - 1 - self.config.lag) % self.config.residual == 0 for n in self.lengths)
 
     def quantize_keys(self, pos):
         """Divides the R tokens up to `lag` before the newest, pos [B], where these are complete."""
@@ -152,7 +151,7 @@ class TierCache(ObservedCache):
         number = (done // R - 1).clamp(0, max(0, self.max_len // R - 1))
         t = number[:, None] * R + torch.arange(R, device=pos.device)
         parts = [take(getattr(self, f"{name}_window"), self.slot(t)) for name in NAMES]
-        self.divide(*parts, t, pos, ((done > 0) & (done % R == 0))[:, None], self.rows)
+        self.divide(*parts, t, pos, (done % R == 0)[:, None], self.rows)
 
     def in_window(self, pos):
         """[b, slots]: the token in each slot that a query at pos reads there, negative for none."""
