@@ -23,7 +23,9 @@ def column_sums(q, k, every=1):
 
     every   1 is exact. With more, only the newest 64 queries and one in so many of the others are
             computed: each of these stands for `every`, and a column is scaled by the number of the
-            queries that see its token
+            queries that see its token. With 8, a ninth to a quarter of the time; KL of `tiers` to
+            full precision is 0.035 and not 0.030 (SmolLM2-135M, 4 prompts of 1,024 tokens, 192
+            decoded behind each, standard error 0.016)
     """
     (B, H, n, D), (Hk, T) = q.shape, k.shape[1:3]
     older = max(0, n - NEWEST)
@@ -134,7 +136,7 @@ class ObservedCache(Cache):
         rows, out, sums = q.reshape(self.batch, self.n_kv_heads, -1, self.head_dim), [], []
         for heads in self.portions(len(t)):
             k, v = self.read(pos, len(t), heads)
-            unseen = t[: k.shape[2]] > pos[:, None, None, None]
+            unseen = t > pos[:, None, None, None]
             with torch.autocast(q.device.type, enabled=False):  # would round to half precision
                 scores = rows[:, heads].float() @ k.mT * self.head_dim**-0.5
                 p = scores.masked_fill(unseen, -torch.inf).softmax(-1)

@@ -4,7 +4,8 @@ They are laid out as in a KiviCache, so that fused/attention.py reads them, too.
 """
 import torch
 
-from quantize import Buffers, dequantize_groups, key_codes, take, value_codes
+from kivi import KiviCache
+from quantize import Buffers, key_codes, take, value_codes
 
 
 class Tier(Buffers):
@@ -68,12 +69,4 @@ class Tier(Buffers):
                     y = old & ~(2**bits - 1 << shift) | y << shift  # this field of the bytes alone
                 buffer[place] = torch.where(ok, y.to(old.dtype), old)
 
-    def read(self, n, heads, rows):
-        """(k, v) float32 [b, heads, n, D] of the first n tokens, or of as many as have room."""
-        groups, out = n // self.config.group_size, []
-        for name, bits in (("k", self.config.k_bits), ("v", self.config.v_bits)):
-            parts = [getattr(self, f"{name}_{part}")[rows, heads, :end] for part, end in (
-                ("packed", groups * bits // 8), ("scale", groups), ("zero", groups))]
-            parts = parts if name == "k" else [x.mT for x in parts]
-            out.append(dequantize_groups(*parts, self.config, name))
-        return out
+    parts, from_codes = KiviCache.parts, KiviCache.from_codes

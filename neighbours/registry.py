@@ -8,9 +8,9 @@ KVConfig, with
 
 and the cache may have, beside what kivi.Cache has,
 
-    observe(q, k, row)   called while a prompt is read, before its `fill`: q [b, H, n, D] attends to
-                         k [b, Hk, T, D], all tokens up to the last of these queries, in the rows
-                         from `row` on
+    observe(q, k, row)   called while a prompt is read, a row at a time, before its `fill`: q [b, H,
+                         n, D] attends to k [b, Hk, T, D], all tokens up to the last of these
+                         queries, in the rows from `row` on
     traffic(length)      bytes of it that attention reads for a row of so many tokens
     fused                the form of its attention for `fused.attention.compiled_attention`
 

@@ -164,8 +164,8 @@ class TierCache(ObservedCache):
         window = self.k_window[rows, heads].float(), self.v_window[rows, heads].float()
         parts, t = [window], [self.in_window(pos)]
         for tier in self.tiers:
-            parts.append(tier.read(n * tier.size // self.config.residual, heads, rows))
-            i = torch.arange(parts[-1][0].shape[2], device=pos.device)
+            i = torch.arange(n * tier.size // self.config.residual, device=pos.device)
+            parts.append([tier.from_codes(name, len(i), heads, rows) for name in "kv"])
             coded = self.coded(pos)[:, None] * tier.size
             t.append(torch.where((i >= tier.config.sink) & (i < coded), self.config.sink, -1))
         t = torch.cat(t, 1)
