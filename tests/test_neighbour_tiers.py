@@ -1,5 +1,6 @@
 """neighbours/tiers.py, packed.py and observed.py: two tiers of packed tokens, and who chooses."""
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -319,7 +320,7 @@ class Layer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_compiled_steps_are_the_same_and_compile_once(dtype, fresh_compiler, monkeypatch):
+def test_compiled_steps_are_the_same_and_compile_once(dtype, fresh_compiler):
     """Two layers, until rows have several blocks. Guards against what cannot be compiled, and a
     compilation for every length or layer."""
     parts = tokens_of(2, 700, dtype)
@@ -327,20 +328,21 @@ def test_compiled_steps_are_the_same_and_compile_once(dtype, fresh_compiler, mon
     for cache in (plain, *layers):
         extend(cache, parts, [90, 20])
     steps, write = compiled_step(None, "cpu"), torch.compile(TierCache.write, fullgraph=True)
-    for i in range(580):
-        q, k, v = (at(x, plain.lengths) for x in parts)
-        if i == 80:
-            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        plain.append(k, v)
-        wanted = plain.attend(q)
-        for cache in layers:
-            cache.advance()
-            write(cache, k, v, cache.pos[:, None])
-            out = steps.attend(cache, q, cache.pos, cache.tokens(cache.length))
-            if cache.completes_key_block():
-                steps.flush(Layer(cache), cache.pos)
-            cache.pos += 1
-            assert rel(out, wanted) < 4 * HALF_EPS[dtype] + 2e-6
+    with ExitStack() as stack:
+        for i in range(580):
+            if i == 80:
+                stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+            q, k, v = (at(x, plain.lengths) for x in parts)
+            plain.append(k, v)
+            wanted = plain.attend(q)
+            for cache in layers:
+                cache.advance()
+                write(cache, k, v, cache.pos[:, None])
+                out = steps.attend(cache, q, cache.pos, cache.tokens(cache.length))
+                if cache.completes_key_block():
+                    steps.flush(Layer(cache), cache.pos)
+                cache.pos += 1
+                assert rel(out, wanted) < 4 * HALF_EPS[dtype] + 2e-6
 
 
 # ---- in the program -----------------------------------------------------------------------------
