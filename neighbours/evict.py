@@ -24,7 +24,7 @@ import torch
 
 from fused.full import causal
 from kivi import Cache
-from neighbours.observed import column_sums
+from neighbours.observed import sums_of_rows
 from quantize import KVConfig
 
 
@@ -138,11 +138,7 @@ class EvictCache(Cache):
         if self.gate is not None:
             return
         past, before = self.sums, k.shape[2] - q.shape[2]
-        self.sums = torch.zeros(k.shape[:3], device=k.device)
-        for i, n in enumerate(real.clamp(0, q.shape[2]).tolist()):
-            own, seen = slice(i, i + 1), slice(before + n)
-            if n:
-                self.sums[own, :, seen] = column_sums(q[own, :, :n], k[own, :, seen])
+        self.sums = sums_of_rows(q, k, real)
         if past is not None and past.shape[2] == before:  # else of a prompt that came to no end
             self.sums[:, :, :before] += past
 

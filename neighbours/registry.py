@@ -21,9 +21,10 @@ the first run of a CUDA graph warms up.
 from functools import partial
 
 from model import OTHERS
-from neighbours import evict, fit, nuq, retrieve
+from neighbours import evict, fit, nuq, retrieve, tiers
 from quantize import PRESETS
 
 OTHERS |= {name: partial(retrieve.configs, preset) for name, preset in PRESETS.items()}
 OTHERS |= {"h2o": evict.h2o, "prefixkv": fit.prefixkv, "gate": fit.gate,
-           "nuq2": partial(nuq.configs, 2), "nuq3": partial(nuq.configs, 3)}
+           "nuq2": partial(nuq.configs, 2), "nuq3": partial(nuq.configs, 3),
+           "tiers": tiers.tiers, "mikv": tiers.mikv, "zipvl": tiers.zipvl}

@@ -66,7 +66,7 @@ def load(file):
         facts = {name: json.loads(fact) for name, fact in metadata.items()}
         states = facts.pop("layers")
         for name, x in tensors.items():
-            _, number, name = name.split(".")
+            _, number, name = name.split(".", 2)
             states[int(number)][name] = x
         return Saved(file, states=states, **facts)
 
