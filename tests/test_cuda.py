@@ -24,7 +24,7 @@ from fused.full import compiled_full_attention
 from fused.linear_launches import compiled_weights
 from fused.step import compiled_quantizer, compiled_step
 from kivi import FullCache, KiviCache
-from model import ModelConfig, Transformer
+from model import OTHERS, ModelConfig, Transformer
 from program.memory import needs
 from study.models import random_model
 
@@ -129,6 +129,41 @@ def test_attention_of_a_full_cache(n_heads, sliding, fresh_compiler):
         assert max(errors(cache, q, out, sliding)) <= 4e-3
 
 
+@torch.no_grad()
+def test_attention_of_drafts_over_a_full_cache(fresh_compiler):
+    """Five drafts in bfloat16, each as a decode step of its own. Guards against masks of others."""
+    lengths = (3, 196, 576)
+    q, k, v = (x.to(DEVICE) for x in make_tokens("full", 3, 600, torch.bfloat16))
+    cache = make_cache("full", 3, 1024, torch.bfloat16)
+    fill(cache, k, v, [n + 5 for n in lengths])
+    queries = randn(3, q.shape[1], 5, q.shape[3], seed=5, dtype=q.dtype).to(DEVICE)
+    out = compiled_full_attention()(cache, queries, cache.pos - 5, cache.tokens(cache.length))
+    for i in range(5):
+        cache.set_lengths([n + 1 + i for n in lengths])
+        assert max(errors(cache, queries[:, :, i : i + 1], out[:, :, i : i + 1])) <= 4e-3
+
+
+@pytest.mark.parametrize("kv", ("kivi2:read=256", "kivi2+:read=256,by=mean", "kivi2-:read=512",
+                                "tiers", "tiers:lag=32", "h2o:slots=300"))
+@torch.no_grad()
+def test_attention_of_neighbours_is_the_plain_one(kv, fresh_compiler):
+    """Compiled as a decode step compiles it, bfloat16, rows of unequal lengths. Guards against
+    launches for other shapes, and loads of pages with masks that a product cannot have."""
+    shape = SimpleNamespace(n_layers=1, head_dim=128, n_kv_heads=2)
+    model = SimpleNamespace(config=shape, layers=[SimpleNamespace(window=None)])
+    name, _, argument = kv.partition(":")
+    (config,) = OTHERS[name](argument, model)
+    cache = config.make(3, 2, 2048, 128, sliding=None, dtype=torch.bfloat16, device=DEVICE)
+    q, k, v = (randn(3, heads, 1900, 128, seed=seed, dtype=torch.bfloat16).to(DEVICE)
+               for seed, heads in enumerate((8, 2, 2)))
+    cache.extend(q, k, v, (1900, 1501, 300))
+    query = randn(3, 8, 1, 128, seed=9, dtype=torch.bfloat16).to(DEVICE)
+    args = query, cache.pos - 1, cache.tokens(cache.length)
+    plain = cache.attention(*args)
+    step = compiled_step(SimpleNamespace(weights=None, parallel=False), DEVICE)
+    assert rel(step.attend(cache, *args), plain) <= 1e-2
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ("paper", "small window", "K 4 V 2", "40 sinks", "D 80",
                                   "sliding over sinks", "boosted, 4 sinks, values of 64"))
@@ -223,6 +258,19 @@ def test_program_decodes_compiled_as_eager(checkpoint, options, fresh_compiler):
     eager = generate.generate(net, prompt, 256, stop=(), **options)
     net.compile()
     assert torch.equal(generate.generate(net, prompt, 256, stop=(), **options), eager)
+
+
+@pytest.mark.parametrize("kv", ("tiers", "h2o:0.3", "h2o:slots=64,mean", "kivi2:read=128"))
+def test_program_decodes_neighbours_in_graphs(checkpoint, kv):
+    """300 greedy tokens, float32. Guards against sums of attention that a capture counts twice."""
+    prompt = torch.tensor([some_ids(200), some_ids(200, seed=1)], device=DEVICE)
+    net = Transformer.from_pretrained(checkpoint, DEVICE)
+    texts = []
+    for graphs in (False, True):
+        net.setup_caches(2, 512, kv)
+        decoder = Decoder(net, torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), graphs)
+        texts.append(generate.generate(net, prompt, 300, stop=(), decoder=decoder))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("options", ({"kv": "bf16"}, SMALL, {"kv": "kivi2+"}),
