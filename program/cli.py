@@ -172,7 +172,7 @@ def parser():
     add("--skip", metavar="HIGH:LOW", help="fewer layers for later tokens: SkipDecode, if trained")
     add = p.add_argument_group("cache").add_argument
     add("--kv", default="kivi2", help="bf16 (full precision: the model's own dtype), kivi2, "
-        "kivi2+, kivi2-, kivi4, k4v2 or kvtuner:FILE (default kivi2)")
+        "kivi2+, kivi2-, kivi4, k4v2, kvtuner:FILE or one of docs/neighbours.md (default kivi2)")
     add("--group-size", type=int, help="G, elements that share scale and zero (kivi2: 32)")
     add("--residual", type=int, help="R, recent tokens in full precision (kivi2: 128)")
     add("--sink", type=int, help="S, first tokens in full precision (kivi2: 0)")

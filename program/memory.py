@@ -35,7 +35,8 @@ def cache_bytes(model):
 def cache_sizes(kind, *shape, **options):
     """Bytes by part of the cache that kind(*shape, **options) makes, without allocating it."""
     parts = {"codes": 0, "metadata": 0, "window": 0, "positions": 0}
-    names = {"packed": "codes", "scale": "metadata", "zero": "metadata", "window": "window"}
+    names = {"packed": "codes", "window": "window"}
+    names |= dict.fromkeys(("scale", "zero", "outlier", "channel"), "metadata")
     for name, buffer in kind(*shape, **options, device="meta").named_buffers():
         part = names.get(name.split(".")[-1][2:], "positions")
         parts[part] += buffer.untyped_storage().nbytes()

@@ -44,6 +44,7 @@ def test_every_step_runs_through_its_layers():
     assert (logits - full[:, -1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_from_the_command_line():
     common = ("--temperature", 0, "--max-new-tokens", 30)
     whole, same = (result_of(*common, *more)["text"] for more in ((), ("--skip", "8:8")))
