@@ -289,6 +289,33 @@ def test_a_prompt_in_chunks(hub):
 LONG = torch.randint(1, 64, (2, 130), generator=torch.Generator().manual_seed(2))
 
 
+def test_a_few_tokens_are_read_as_by_so_many_steps(hub):
+    """Twenty at once, over the end of a key block of 16. Guards against tokens behind that end which
+    read the block's keys exactly."""
+    model, out = small_model("LlamaConfig"), []
+    for sizes in ((20,), (1,) * 20):
+        cache = hub[0].KiviPastKeyValues(model, 512, "kivi2", group_size=16, residual=16)
+        logits(model, LONG[:, :41], cache)
+        parts = LONG[:, 41:61].split(sizes, 1)
+        out.append(torch.cat([logits(model, part, cache) for part in parts], 1))
+    torch.testing.assert_close(*out, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_that_a_chunk_cuts_through(hub):
+    """Row 0 begins within the second chunk. Guards against results that stay where its tokens were
+    put, to the left of their columns."""
+    from transformers import DynamicCache
+
+    model, mask, out = small_model("LlamaConfig"), torch.ones_like(LONG), []
+    mask[0, :40] = 0
+    for cache, attention in ((hub[0].KiviPastKeyValues(model, 512, group_size=16), "kivi"),
+                             (DynamicCache(), "rebuild")):
+        model.set_attn_implementation(attention)
+        logits(model, LONG[:, :30], cache, mask[:, :30])
+        out.append(logits(model, LONG[:, 30:60], cache, mask[:, :60])[:, 10:])
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+
+
 def test_a_long_turn_is_read_as_a_part_of_a_prompt(hub):
     """Guards against new tokens that overwrite what is held before all have read it; columns of a
     padded row that are not the cache's tokens."""
