@@ -309,7 +309,7 @@ def test_padding_that_a_chunk_cuts_through(hub):
     model, mask, out = small_model("LlamaConfig"), torch.ones_like(LONG), []
     mask[0, :40] = 0
     for cache, attention in ((hub[0].KiviPastKeyValues(model, 512, group_size=16), "kivi"),
-                             (DynamicCache(), "rebuild")):
+                             (DynamicCache(), "sdpa")):
         model.set_attn_implementation(attention)
         logits(model, LONG[:, :30], cache, mask[:, :30])
         out.append(logits(model, LONG[:, 30:60], cache, mask[:, :60])[:, 10:])
