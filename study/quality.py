@@ -7,9 +7,7 @@ decoding does. A single forward pass would never read it.
 import math
 import random
 import statistics
-import time
 from contextlib import suppress
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from checkpoint.hub import EMBEDDED, resolve
 from checkpoint.text import chat_template
 from generate import DTYPES, generate, load
 from model import make_cache
-from program.memory import cache_sizes
-from study.measure import print_table, say, synchronize
-from study.models import at_length
+from study.measure import print_table, say
+from study.models import at_length, step_seconds
 from study.prompts import DEPTHS, TASKS, make_case, text_rows
 from study.scatter import scatter
 from study.variants import STUDY, Fake, simulate
@@ -39,6 +36,7 @@ CACHES = {  # label -> arguments of setup_caches; the first is the measure of al
     "kivi2, R = 32": {"kv": "kivi2", "residual": 32},
 }
 LENGTHS = 1024, 8192, 32768  # tokens of a row whose bytes the table says
+SHARED = ("index", "pos", "rows")
 QUESTIONS = ("prefilled", "decoded")  # how a question comes; its answer is always decoded
 
 
@@ -112,14 +110,12 @@ def read_text(results, model, caches, windows, prefill, greedy, longest):
     own = generate(model, windows[:, :prefill], greedy, kv="bf16", stop=())[:, prefill:]
     base = None
     for label, cache in caches.items():
-        begin = time.perf_counter()
         logp = decoded(model, cache, prompt, windows[:, prefill:-1])
-        synchronize()
-        ms = (time.perf_counter() - begin) / (windows.shape[1] - prefill) * 1e3
+        seconds = 0 if isinstance(cache, Fake) else step_seconds(model, windows.shape[1] - 2, 5)[0]
         base = logp if base is None else base
         bits, whole = stored_bits(model, cache, longest)
         row = {"cache": label, "simulated": isinstance(cache, Fake), "bits": bits,
-               "bits_whole": whole, "bytes": row_bytes(model, cache), "ms": ms,
+               "bits_whole": whole, "bytes": row_bytes(model, cache), "ms": 1e3 * seconds,
                **text_metrics(logp, base, windows[:, prefill:]),
                **greedy_metrics(decoded(model, cache, prompt, own[:, :-1]), own)}
         results.add(row)
@@ -255,11 +251,13 @@ def stored_bits(model, cache, length):
 
 
 def row_bytes(model, cache):
-    """Bytes that one row's caches take in half precision, with room for each of LENGTHS tokens."""
+    """Bytes that one row's caches take in half precision, with room for each of LENGTHS tokens.
+    What all layers share, their schedule, does not count."""
     c, total = model.config, []
     for length in [] if isinstance(cache, Fake) else LENGTHS:
-        shape = 1, c.n_kv_heads, length, c.head_dim
-        layers = [cache_sizes(partial(make_cache, config), *shape, dtype=torch.bfloat16)
+        layers = [make_cache(config, 1, c.n_kv_heads, length, c.head_dim,
+                             dtype=torch.bfloat16, device="meta")
                   for config in model.kv_configs(**cache)]
-        total.append(sum(sum(layer.values()) for layer in layers))
+        total.append(sum(x.untyped_storage().nbytes() for layer in layers
+                         for name, x in layer.named_buffers() if name not in SHARED))
     return total

@@ -290,7 +290,7 @@ LONG = torch.randint(1, 64, (2, 130), generator=torch.Generator().manual_seed(2)
 
 
 def test_a_few_tokens_are_read_as_by_so_many_steps(hub):
-    """Twenty at once, over the end of a key block of 16. Guards against tokens behind that end which
+    """Twenty at once, over the end of a key block of 16. Guards against tokens behind that end that
     read the block's keys exactly."""
     model, out = small_model("LlamaConfig"), []
     for sizes in ((20,), (1,) * 20):
