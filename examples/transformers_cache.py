@@ -133,6 +133,8 @@ class KiviPastKeyValues(Cache):
             raise ValueError("tokens never reached this cache: call its reset(), and "
                              "set_attn_implementation('kivi') of the model that uses it")
         self.call.waiting = True
+        if layer_idx == 0:
+            self.call.says = {}  # of masks of the call before
         return super().update(key, value, layer_idx, *args, **kwargs)
 
     def reset(self):

@@ -6,7 +6,6 @@ another exactly. What tokens replaced in the window is kept until the next call,
 put it back; codes beyond a length have no meaning.
 """
 import sys
-import weakref
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,7 +62,7 @@ class Call:
 
     def reset(self):
         self.waiting = False  # for `attention` to store what `update` has counted
-        self.mask, self.says = lambda: None, None  # a mask, and what `examine` found there
+        self.says = {}  # by id, a mask and what `examine` found there
 
 
 class KiviLayer(DynamicLayer):
@@ -106,14 +105,14 @@ class KiviLayer(DynamicLayer):
         B, call = self.cache.batch, self.call
         if mask is None and not self.padded:
             return [L] * B, True
-        if mask is None or mask is not call.mask():
-            call.says = self.examine(mask, L)
-            call.mask = weakref.ref(mask)
-        lengths = call.says[0]
+        if id(mask) not in call.says:
+            call.says[id(mask)] = mask, self.examine(mask, L)
+        says = call.says[id(mask)][1]
+        lengths = says[0]
         if min(lengths) < L:
             self.first = self.first + L - torch.tensor(lengths, device=self.first.device)[:, None]
             self.padded = True
-        return call.says
+        return says
 
     def examine(self, mask, L):
         """mask [B or 1, 1, L, seen]: (new tokens of each row, the others being padding to the left;
@@ -305,6 +304,8 @@ class KiviLayer(DynamicLayer):
         return self.max_len
 
     def reorder_cache(self, beam_idx):
+        if self.cache is None:
+            return
         tensors = (self.first, *self.replaced, *self.cache.contents().values())
         for x in tensors:
             x.copy_(x[beam_idx.to(x.device)])

@@ -400,7 +400,7 @@ def launches():
             return Choices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return f"kivi-8 {LAUNCH}"  # part of the key of the compile caches
+            return f"kivi-8 {LAUNCH} {CORRECTED}"  # part of the key of the compile caches
 
     return Launches()
 

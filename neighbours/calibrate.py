@@ -19,7 +19,7 @@ from program import console
 # name; and what adds these options to the command line.
 COMMANDS = {
     "prefixkv": (fit.fit_slots, lambda add: add(
-        "--slots", type=int, default=256, help="of a layer, in the mean (default 256)")),
+        "--slots", type=int, default=256, help="of a layer in the mean, in 64s (default 256)")),
     "gate": (fit.fit_gate, lambda add: add(
         "--share", type=float, default=0.2, help="of the tokens that stay (default 0.2)")),
     "nuq": (nuq_levels.calibrate, lambda add: None),

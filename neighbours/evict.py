@@ -39,6 +39,15 @@ class EvictConfig(KVConfig):
     mean: bool = False
     gate: torch.Tensor = field(default=None, compare=False)  # [Hk, features], see `features`
 
+    @property
+    def by_capacity(self):
+        """Does the number of slots depend on the capacity?"""
+        return not self.slots
+
+    @property
+    def observes(self):
+        return self.gate is None
+
     def check(self, head_dim):
         if (self.k_bits, self.v_bits, self.group_size, self.boost) != (16, 16, 1, 0):
             raise ValueError("a cache that evicts holds exact tokens: leave out --group-size and "

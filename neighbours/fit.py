@@ -59,6 +59,9 @@ def prefixkv(argument, model):
 
 def gate(argument, model):
     c = model.config
+    if c.ranks[1] > 1:
+        raise ValueError("gate:FILE is of all KV heads, which are divided among processes here: "
+                         "leave out torchrun")
     weight = [c.n_layers, c.n_kv_heads, c.head_dim + c.head_dim // 2 + 3]
     fit = fitted.read(argument, "gate", {"weight": weight, "share": []})
     return [EvictConfig(sink=GATE_SINKS, share=fit["share"].item(), gate=layer)

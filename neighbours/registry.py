@@ -5,6 +5,7 @@ KVConfig, with
 
     make(*shape, sliding, dtype, device)   the cache, a kind of kivi.Cache
     stored_bits(head_dim)                  bits of a number, codes and all that goes with them
+    observes, by_capacity                  true if the cache observes, or holds a share of its room
 
 and the cache may have, beside what kivi.Cache has,
 

@@ -40,6 +40,7 @@ class TierConfig(KVConfig):
     shrink: float = 0.8  # share of a group's range that codes of the `lo` tier cover
     lag: int = 0  # newest tokens that never have codes
     every: int = 1  # one in so many of a prompt's queries counts, see neighbours/observed.py
+    observes = True  # no field: a cache of it has `observe`
 
     @property
     def sizes(self):
@@ -212,7 +213,7 @@ def zipvl(file, model):
     least, n_layers = TierConfig.group_size / TierConfig.residual, model.config.n_layers
     try:
         shares = [float(share) for share in json.loads(Path(file).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"zipvl:FILE needs a JSON list of one share a layer: {error}") from None
     if len(shares) != n_layers:
         raise ValueError(f"{file} has {len(shares)} shares, the model {n_layers} layers")

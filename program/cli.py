@@ -33,7 +33,9 @@ RANGES = {
 }
 NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
 APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate"),
-         ("skip", "speculate")]
+         *(("skip", other) for other in ("speculate", "interactive", "prefix", "save_cache",
+                                         "load_cache"))]
+RESIZED = ("interactive", "prefix", "save_cache", "load_cache")  # move caches to other capacities
 
 
 def main(argv=None):
@@ -74,6 +76,7 @@ def start(argv):
     run = Run(model, tokenizer, render, args.kv, options, sampling, args.seed,
               args.max_new_tokens, args.memory_gb, args.compile, args.json,
               cache.messages if cache else before, prefix, args.stop, args.speculate, draft)
+    check_capacities(args, model.kv_configs(args.kv, **options))
     if cache:
         saved.check(cache, run)
     past = Past(run, cache, args.interactive)
@@ -112,6 +115,14 @@ def check_options(args):
         raise ValueError("--stop needs some text, got none")
     if args.save_cache:
         check_writable(args.save_cache)
+
+
+def check_capacities(args, configs):
+    """Raises ValueError for caches that hold a share of the capacity, where that changes."""
+    for name in RESIZED:
+        if getattr(args, name) and any(getattr(c, "by_capacity", False) for c in configs):
+            raise ValueError(f"--{name.replace('_', '-')} changes the capacity, of which "
+                             f"--kv {args.kv} holds a share: use h2o:slots=N or another --kv")
 
 
 def load_draft(name, tokenizer, **options):

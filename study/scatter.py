@@ -31,7 +31,7 @@ def scatter(file, rows, answers, tokens):
         x = place(size, sizes, EDGE, WIDTH - 3 * EDGE)
         y = place(loss, losses, HEIGHT - EDGE, EDGE)
         green = round(200 * min(1, found[row["cache"]] / best))
-        color = f"rgb({200 - green},{green},40)"
+        color = f"rgb({200 - green},{green},40)" if answers else "#5b6068"
         label = escape(f"{row['cache']}: {row['bytes'][1] / 2**20:.1f} MiB, KL {row['kl']:.3f}")
         marks += [f'  <circle cx="{x:.0f}" cy="{y:.0f}" r="6" fill="{color}"/>',
                   f'  <text x="{x + 9:.0f}" y="{y + 4:.0f}">{label}</text>']

@@ -301,6 +301,21 @@ def test_a_few_tokens_are_read_as_by_so_many_steps(hub):
     torch.testing.assert_close(*out, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_that_changes_in_place(hub):
+    """Guards against an answer about a mask that is remembered from the call before."""
+    model, out = small_model("LlamaConfig"), []
+    for same in (True, False):
+        cache = hub[0].KiviPastKeyValues(model, 512, group_size=16)
+        logits(model, LONG[:, :30], cache)
+        mask = torch.ones(2, 1, 1, 31, dtype=torch.bool)
+        logits(model, LONG[:, 30:31], cache, mask)
+        cache.crop(-1)
+        mask = mask if same else mask.clone()
+        mask[..., 7] = False
+        out.append(logits(model, LONG[:, 30:31], cache, mask))
+    assert torch.equal(*out) and not torch.equal(out[0], logits(model, LONG[:, 31:32], cache))
+
+
 def test_padding_that_a_chunk_cuts_through(hub):
     """Row 0 begins within the second chunk. Guards against results that stay where its tokens were
     put, to the left of their columns."""

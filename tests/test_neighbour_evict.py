@@ -517,6 +517,8 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     for wrong in ("h2o", "h2o:half", "h2o:slots=0", "h2o:0.2,median", "h2o:7"):
         refused(kv(wrong), "h2o:slots=256")
     refused(kv("h2o:0"), "share")
+    for more in (("--interactive",), ("--save-cache", tmp_path / "cache")):  # other capacities
+        check_error(run("--kv", "h2o:0.2", *more), "h2o:slots=N", more[0])
     refused(kv("h2o:1.5"), 1.5)
     refused(kv("h2o:0.2", group_size=16), "--group-size")
     refused(kv("h2o:slots=64", sink=4, residual=60), 64, 60, "more slots")

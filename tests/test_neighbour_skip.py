@@ -3,7 +3,7 @@ import pytest
 import torch
 from calling import check_error, result_of, run
 
-from generate import load
+from generate import generate, load
 from neighbours.skip import skip_layers
 
 N, PROMPT, CAPACITY = 8, 20, 60
@@ -56,5 +56,18 @@ def test_a_schedule_that_cannot_be_is_refused(schedule):
     check_error(run("--skip", schedule), "--skip")
 
 
-def test_it_does_not_go_with_drafts():
-    check_error(run("--skip", "8:6", "--speculate", 2), "--skip", "--speculate")
+@pytest.mark.parametrize("other", (("--speculate", 2), ("--interactive",), ("--save-cache", "f")))
+def test_it_does_not_go_with_drafts_or_texts_that_go_on(other):
+    check_error(run("--skip", "8:6", *other), "--skip", other[0])
+
+
+def test_layers_do_not_come_back(monkeypatch):
+    """The longest row ends first. Guards against steps that read K and V which were skipped."""
+    model, _ = load()
+    skip_layers(model, "8:2")
+    path, numbers = model.path, []
+    model.path = lambda: (numbers.append(len(path())), path())[1]
+    for _ in range(2):
+        generate(model, [[5] * 40, [6] * 10], (4, 20), kv="bf16", stop=())
+        assert numbers == sorted(numbers, reverse=True) and numbers[-1] < 4 and len(numbers) > 18
+        numbers.clear()  # the next prompts begin with all layers again

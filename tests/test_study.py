@@ -42,6 +42,8 @@ def test_a_picture_has_small_caches_to_the_left_and_good_ones_below(tmp_path):
     four, two = [x.attrib for x in root if x.tag.endswith("circle")]
     assert int(two["cx"]) < int(four["cx"]) and int(two["cy"]) < int(four["cy"])
     assert four["fill"] == "rgb(0,200,40)" and two["fill"] == "rgb(200,0,40)"
+    scatter(tmp_path / "no answers.svg", rows, [], 8192)
+    assert "rgb" not in (tmp_path / "no answers.svg").read_text()
     assert [x.text for x in root][3::2] == ["kivi4: 5.0 MiB, KL 0.010", "a < b: 2.0 MiB, KL 1.000"]
 
 
