@@ -134,7 +134,9 @@ class ObservedCache(Cache):
     def write(self, k, v, pos):
         super().write(k, v, pos)
         self.count(pos[:, 0])
-        self.sum_window[self.rows[:, None], :, self.slot(pos)] = 0.0
+        place = self.rows[:, None], slice(None), self.slot(pos)
+        # Not 0.0: a number would be copied to the device, which a CUDA graph cannot hold.
+        self.sum_window[place] = torch.zeros_like(self.sum_window[place])
 
     def count(self, pos, rows=slice(None)):
         """Adds what the query before token pos [b] paid to the sums, unless it is a later one."""
