@@ -56,7 +56,8 @@ print(cache.length)
 """
 
 
-@pytest.mark.parametrize("fused", (False, True), ids=("two files", "three files"))
+@pytest.mark.parametrize("fused", (False, pytest.param(True, marks=pytest.mark.slow)),
+                         ids=("two files", "three files"))
 def test_the_lines_of_the_readme_run_with_the_copied_files_alone(fused, tmp_path):
     """Guards against a README that shows names or arguments of another time, and against a file
     more that the copied ones need."""

@@ -21,7 +21,6 @@ from checkpoint.hub import NEEDED, SHORT, resolve
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 COMMIT = "f" * 40
 OLDER = "0" * 40
-SLOW = pytest.mark.slow
 
 
 def fill_hub_cache(home, repo, source, commit, ref):
@@ -63,7 +62,7 @@ def program(hub, offline, *args):
     return done.returncode, done.stdout, done.stderr
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", (True, False), ids=("HF_HUB_OFFLINE", "no network"))
 def test_a_cached_checkpoint_works_offline(hub, offline):
     """As a user runs it. Guards against a program that asks the network for what it has."""
@@ -73,8 +72,8 @@ def test_a_cached_checkpoint_works_offline(hub, offline):
     assert json.loads(out.splitlines()[-1])["prompt_tokens"] == 18
 
 
-@pytest.mark.parametrize("offline", (True, pytest.param(False, marks=SLOW)),
-                         ids=("HF_HUB_OFFLINE", "no network"))
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", (True, False), ids=("HF_HUB_OFFLINE", "no network"))
 def test_a_checkpoint_that_is_not_cached_gets_one_line(hub, offline):
     """Guards against the HTTP library's own messages."""
     result = program(hub, offline, "--checkpoint", "falcon-7b", "--max-new-tokens", 2)

@@ -193,6 +193,7 @@ def test_wrong_input_gets_one_line_and_exit_status_2(name, checkpoint, tmp_path,
     check_error(run(*arguments(checkpoint, tmp_path)), named)
 
 
+@pytest.mark.slow
 def test_wrong_input_of_a_process(checkpoint, tmp_path):
     """The one that shows last. Guards against warnings of libraries that the tests above do not
     see, and another status."""
