@@ -3,8 +3,8 @@
 A page is the smallest number of tokens that shares no byte with others: 4 groups. Its bound is the
 most that any of its keys can score: zero and zero + (2^bits - 1) * scale are the smallest and the
 largest number of a channel in a group, so q . k <= sum_d max(q_d min_d, q_d max_d). Each KV head
-reads the pages with the largest bounds, and all that is exact. Nothing is dropped, so a later query
-may read what an earlier one did not need.
+reads the pages with the largest bounds, all that is exact, and where no sinks are exact the first
+page. Nothing is dropped, so a later query may read what an earlier one did not need.
 
 Quest (arXiv 2406.10774) keeps such bounds beside a full-precision cache; KIVI has them already.
 As published: the bound, and a fixed number of tokens a step. Not: its pages are 16 tokens, and its
@@ -74,7 +74,10 @@ def pages_of(cache, rows, pos, n_pages):
     page = torch.arange(n_pages, device=device)
     newest = (pos - c.residual).clamp(min=0) // cache.page  # [B]
     there = (page < newest[:, None])[:, None]
-    bound = stored(torch.where(there, bounds(cache, rows, n_pages), NEVER))  # [B, Hk, pages]
+    bound = torch.where(there, bounds(cache, rows, n_pages), NEVER)  # [B, Hk, pages]
+    if not c.sink:  # the first tokens get much attention in most models, and small bounds
+        bound = torch.where(there & (page == 0), -NEVER, bound)
+    bound = stored(bound)
     # Ranks by comparison: a sort would be a call of the library, which nothing fuses with.
     other, own = bound[..., None, :], bound[..., None]
     above = (other > own) | (other == own) & (page < page[:, None])

@@ -95,6 +95,17 @@ def test_pages_are_those_with_the_largest_bounds():
             assert last == newest
 
 
+@pytest.mark.parametrize("name", ("kivi2", "kivi2+"))
+def test_the_first_page_is_read_unless_sinks_are_exact(name):
+    """Its keys are tiny, so its bound is the smallest. Guards against a text without its first
+    tokens, to which models attend whatever the query."""
+    cache, (k, v) = make(name, 1), randn(2, 1, 2, T, 64, seed=8)
+    k[:, :, :128] *= 1e-3
+    cache.prefill(k, v)
+    chosen = pages_read(cache, randn(1, 6, 1, 64, seed=9))[..., : cache.n_chosen]
+    assert [0 in head.tolist() for head in chosen[0]] == [name == "kivi2"] * 2
+
+
 def test_equal_bounds_choose_different_pages():
     cache = make("kivi2", 1)
     same = torch.ones(1, 2, T, 64)
