@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_refused_with_what_does(checkpoint, tmp_path):
     assert code == 2 and "not even" in line
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_batch_or_ends_with_one_line(
         checkpoint, tmp_path, monkeypatch):
     """Guards against a traceback, lost or doubled results, and an endless retry."""

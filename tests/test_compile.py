@@ -44,6 +44,7 @@ def backend(request, monkeypatch, fresh_compiler):
 
 # ---- the decode step ----------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_compiled_decoding_recompiles_nothing_and_equals_eager(model, backend):
     """300 tokens after a warm-up of 40, under fail_on_recompile; the text is the eager one. Guards
     against a Python counter in the graph, a cache whose length is a constant there, a flush that

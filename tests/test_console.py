@@ -114,6 +114,7 @@ def test_a_terminal_that_lacks_a_character_ends_no_text():
     assert (done.returncode, done.stdout, done.stderr) == (0, "a?b\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
 def test_a_termination_prints_what_is_finished():
     """As `kill` and job queues send it. Guards against finished answers that are lost."""

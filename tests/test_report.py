@@ -130,6 +130,7 @@ def test_percent_of_the_roofline_where_it_is_known(name, clock, width, bandwidth
     assert ("% of" in line) == (share is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ("kivi2", pytest.param("bf16", marks=pytest.mark.slow)))
 def test_compilation_is_not_decoding(kv, monkeypatch):
     """Guards against tokens/s that count the compilation, and a step that is counted without its
