@@ -5,7 +5,8 @@ KVConfig, with
 
     make(*shape, sliding, dtype, device)   the cache, a kind of kivi.Cache
     stored_bits(head_dim)                  bits of a number, codes and all that goes with them
-    observes, by_capacity                  true if the cache observes, or holds a share of its room
+    observes                               true if the cache has `observe` (none: false)
+    by_capacity                            true if it holds a share of its capacity (none: false)
 
 and the cache may have, beside what kivi.Cache has,
 
