@@ -42,7 +42,9 @@ class PredictingTransformer(Transformer):
             finite += [torch.isfinite(q).all(), *map(layer.cache.storable, (k, v))]
             past = layer.cache.dequantized(slice(row, row + B)) if P else (k[:, :, :0],) * 2
             all_k, all_v = (torch.cat([y.to(z.dtype), z], 2) for y, z in zip(past, (k, v)))
-            seen = (t <= pos) & (t > pos - (layer.window or P + L))
+            # What a cache has dropped leaves fewer: as if those held were the newest.
+            held = t[-all_k.shape[2] :]
+            seen = (held <= pos) & (held > pos - (layer.window or P + L))
             y = F.scaled_dot_product_attention(q, all_k, all_v, seen[:, None], enable_gqa=True)
             layer.cache.fill(k, v, start, ends, row)
             exact = layer.after(exact, y)
@@ -50,7 +52,7 @@ class PredictingTransformer(Transformer):
 
     def setup_caches(self, *shape, **options):
         super().setup_caches(*shape, **options)
-        if hasattr(self.cache, "observe"):
+        if getattr(self.cache.config, "observes", False):
             raise ValueError("the kv ranks tokens by queries, which are not computed where K and V "
                              "are predicted: leave out --predict, or choose another --kv")
 

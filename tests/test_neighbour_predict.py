@@ -5,7 +5,7 @@ import pytest
 import torch
 from calling import check_error, result_of, run
 from reference import decode_step, make_checkpoint, some_ids
-from reference_cache import attention64, rel
+from reference_cache import attention64, randn, rel
 
 from checkpoint.hub import EMBEDDED
 from model import Transformer
@@ -120,6 +120,27 @@ def test_rows_together_are_rows_alone(model):
     assert rel(model.extend(more[:1]), before) > 1e-3
 
 
+def test_a_gate_holds_what_is_predicted(model, tmp_path, monkeypatch):
+    """A prompt, and a text behind the 10 tokens that are held of it, against a full cache of these
+    alone. Guards against a gate that waits for queries, and a past that is seen as if no token had
+    been dropped."""
+    c, prompt, more = model.config, *(torch.tensor([some_ids(n, seed=n)]) for n in (28, 12))
+    weight = randn(c.n_layers, c.n_kv_heads, c.head_dim * 3 // 2 + 3)
+    fitted.write(tmp_path / "gate", "gate", {"weight": weight, "share": torch.tensor(0.25)})
+    model.setup_caches(1, 40, "bf16")
+    whole = model.prefill(prompt)
+    model.setup_caches(1, 40, f"gate:{tmp_path / 'gate'}")
+    assert rel(model.prefill(prompt), whole) < 1e-5
+    held = [layer.cache.dequantized() for layer in model.layers]
+    found = model.extend(more)
+    model.setup_caches(1, 40, "bf16")
+    for layer, kv in zip(model.layers, held):
+        layer.cache.fill(*kv, torch.tensor([0]), torch.tensor([10]))
+    model.cache.set_lengths([10])
+    monkeypatch.setattr(model, "rope", lambda t, ends, rope=model.rope: rope(t + 18, ends + 18))
+    assert rel(found, model.extend(more)) < 1e-5
+
+
 def test_a_fit_is_least_squares(exact):
     """Against the library's, of numbers that leave the linear layer. Guards against rows that do
     not belong together, and keys that are turned already."""
@@ -151,13 +172,13 @@ def test_the_program_predicts(tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_what_cannot_be_is_refused(file, exact, model, monkeypatch):
+def test_what_cannot_be_is_refused(file, exact, model):
     """Guards against maps of another model, and caches that wait for queries in vain."""
     check_error(run("--predict", file), "another model")
     check_error(run("--predict", "nowhere"), "python -m neighbours.calibrate predict FILE")
-    monkeypatch.setattr("kivi.FullCache.observe", lambda *_: None, raising=False)
-    with pytest.raises(ValueError, match="--predict"):
-        model.setup_caches(1, 20, "bf16")
+    for kv in ("h2o:0.5", "tiers"):
+        with pytest.raises(ValueError, match="--predict"):
+            model.setup_caches(1, 20, kv)
     exact.config.ranks = 0, 2
     with pytest.raises(ValueError, match="torchrun"):
         predict.predict_layers(exact, file)
