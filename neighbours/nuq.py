@@ -11,8 +11,8 @@ and turns K by its position. Every token gets codes as it comes: no window of ne
 
 As published: ranges (99 % of a channel), codebooks, K before RoPE, the exact first token.
 Not: a token has a fixed number of outliers, the even one nearest to 1 % of its channels and at
-     least 2, since shapes are static: of K those farthest out in their ranges, of V as many of the
-     largest as of the smallest. In the paper K has as many as are beyond its ranges.
+     least 2, since shapes are static: what its codes miss most, which measured better. In the paper
+     they are all that lies beyond a range. At its ends lie keys of frequent tokens, many in a tie.
 Not: levels are plain k-means, without weights of gradients, and 2 bits have no Q-Norm. On a small
      model neither made a difference, and so forward passes calibrate.
 Beyond: `residual` newest tokens are exact if it is above 0."""
@@ -136,20 +136,19 @@ class NuqCache(Cache):
         """
         cos, sin = rotation(t, self.freq)
         k, v = rotate(k.float(), cos, -sin), v.float()
-        far = tokenwise((k - self.k_zero) / self.k_scale).abs()
-        zero, scale, v_channel = value_range(v)
-        zero, scale = zero.to(self.metadata), scale.to(self.metadata)
-        k_channel = far.topk(v_channel.shape[-1]).indices
+        zero, scale = (x.to(self.metadata) for x in value_range(v))
         return {"v_zero": zero, "v_scale": scale,
-                **self.coded("v", v, zero.float(), scale.float(), v_channel),
-                **self.coded("k", k, self.k_zero, self.k_scale, k_channel)}
+                **self.coded("v", v, zero.float(), scale.float()),
+                **self.coded("k", k, self.k_zero, self.k_scale)}
 
-    def coded(self, name, x, zero, scale, channel):
-        """Codes of x [B, Hk, n, D], and what they miss of its outliers, at `channel` [B, 1, n, ..]
-        of the token: code and outlier add up."""
+    def coded(self, name, x, zero, scale):
+        """Codes of x [B, Hk, n, D], and what they miss where that is most: the two add up."""
         levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.metadata).max
         codes = nearest((x - zero) / scale, levels)
-        missed = tokenwise(x - (levels[codes.int()] * scale + zero)).gather(-1, channel)
+        missed = tokenwise(x - (levels[codes.int()] * scale + zero))
+        order = missed.abs().argsort(dim=-1, descending=True, stable=True)  # the first of equal ones
+        channel = order[..., : outliers(order.shape[-1])]
+        missed = missed.gather(-1, channel)
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         return {f"{name}_packed": pack(codes, bits),
                 f"{name}_outlier": missed.clamp(-limit, limit).to(self.metadata),

@@ -27,14 +27,13 @@ def tokenwise(x):
 
 
 def value_range(v):
-    """zero, scale [B, 1, n, 1] of each token of v, over all heads but for its outliers, and their
-    channels [B, 1, n, outliers]: as many of the largest as of the smallest."""
+    """zero, scale [B, 1, n, 1] of each token of v, over all heads but for as many of the largest
+    numbers as of the smallest, which are outliers."""
     v = tokenwise(v)
     n = outliers(v.shape[-1]) // 2
-    high, low = (v.topk(n + 1, largest=largest) for largest in (True, False))
-    top, bottom = high.values[..., n:], low.values[..., n:]
+    top, bottom = (v.topk(n + 1, largest=largest).values[..., n:] for largest in (True, False))
     scale = ((top - bottom) / 2).clamp_min(torch.finfo(torch.float16).tiny)  # of equal numbers
-    return (top + bottom) / 2, scale, torch.cat([high.indices[..., :n], low.indices[..., :n]], -1)
+    return (top + bottom) / 2, scale
 
 
 def nearest(x, levels):
@@ -82,7 +81,7 @@ def calibrated(k, v):
     low, high = (numbers.kthvalue(1 + round(last * share), 1, keepdim=True).values
                  for share in (APART / 2, 1 - APART / 2))
     k_zero, k_scale = (high + low) / 2, ((high - low) / 2).clamp_min(1e-6)
-    v_zero, v_scale, _ = value_range(v)
+    v_zero, v_scale = value_range(v)
     steps = {"k": (k - k_zero) / k_scale, "v": (v - v_zero) / v_scale}
     levels = {f"{name}_levels{bits}": fitted_levels(x, 2**bits)
               for name, x in steps.items() for bits in BITS}
