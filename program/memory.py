@@ -17,7 +17,7 @@ LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
 MASKED = 512  # queries that share a mask, see `causal` in fused/full.py
 BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
 PAST = 4 * FLOAT  # bytes for each channel of a KV head of a token that is held, see `extend`
-OBSERVED = 4 * FLOAT  # bytes for each probability that `observe` computes, see neighbours/
+OBSERVED = 3 * FLOAT + 1  # bytes for each probability that `observe` computes, see neighbours/
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.
 WRITTEN_OUT = 14  # a token that is read: K and V in float32, and the codes of one
 FLUSHED = 17  # a token of a key block: float32 copies of it, while it is quantized
@@ -137,11 +137,12 @@ def _prefill_bytes(model, batch, prompt, held, config):
     fill = rows * (end - first) * keys * (item + 4 * FLOAT)
     past = rows * held * keys * (PAST if config else 2 * item)  # as it is dequantized
     observed = 0
-    if getattr(config, "observes", False):  # probabilities, and what they come from
+    if getattr(config, "observes", False):
         observed = OBSERVED * min(2**24, c.n_heads * chunk * prompt)
     # All along: x, the layer's K and V; cos and sin.
     kept = rows * (new * c.dim + 2 * prompt * keys) * item + 2 * FLOAT * new * c.head_dim
-    return kept + max(rows * chunk * (narrow + widest) + mask, fill, past, observed)
+    layer = rows * chunk * narrow + max(rows * chunk * widest + mask, observed)
+    return kept + max(layer, fill, past)
 
 
 def _decode_bytes(model, batch, max_len, config):

@@ -90,6 +90,23 @@ def test_the_memory_formula_knows_the_keys_of_a_step():
     assert 0.6 * activations <= step <= 1.05 * activations
 
 
+@pytest.mark.parametrize("kv, dtype, prompt, shape", (
+    ("tiers", torch.float32, 600, {"n_heads": 8, "n_kv_heads": 2, "head_dim": 32}),
+    ("tiers", torch.bfloat16, 200, {"n_heads": 8, "n_kv_heads": 2, "head_dim": 128}),
+    ("h2o:0.2", torch.float32, 800, {"n_heads": 2, "n_kv_heads": 2, "head_dim": 256}),
+), ids=("probabilities", "queries", "keys"))
+def test_the_memory_formula_knows_what_ranks_tokens(kv, dtype, prompt, shape):
+    """The probabilities of a prompt, which are computed once more beside its queries. Guards
+    against counting none, as many as all queries would have at once, or them alone."""
+    config = ModelConfig(vocab_size=64, dim=64, n_layers=2, hidden_dim=64, max_len=8192, **shape)
+    model = random_model(config, CPU).to(dtype)
+    model.setup_caches(1, prompt + 40, kv)
+    activations = needs(model, 1, prompt, prompt + 40, kv)["activations"]
+    tokens = torch.zeros(1, prompt, dtype=torch.int64)
+    peak = peak_allocation(lambda: model.prefill(tokens))
+    assert 0.85 * activations <= peak <= 1.05 * activations
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_quantized_weights_take_the_memory_that_the_formula_says(tmp_path, monkeypatch):
