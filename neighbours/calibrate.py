@@ -20,6 +20,8 @@ from program import console
 COMMANDS = {
     "prefixkv": (fit.fit_slots, lambda add: add(
         "--slots", type=int, default=256, help="of a layer in the mean, in 64s (default 256)")),
+    "zipvl": (fit.fit_shares, lambda add: add(
+        "--share", type=float, default=0.5, help="in 4 bits, in the mean (default 0.5)")),
     "gate": (fit.fit_gate, lambda add: add(
         "--share", type=float, default=0.2, help="of the tokens that stay (default 0.2)")),
     "nuq": (nuq_levels.calibrate, lambda add: None),

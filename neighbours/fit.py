@@ -1,9 +1,12 @@
-"""PrefixKV's slots and the gate of evict.py, fitted to a model by forward passes over a text; and
-the configs of caches from such a file."""
+"""PrefixKV's slots and the gate of evict.py and ZipVL's shares of tiers.py, fitted to a model by
+forward passes over a text; and the configs of caches from such a file."""
+from math import ceil
+
 import torch
 
 from neighbours import fitted
 from neighbours.evict import EvictConfig, features
+from neighbours.tiers import TierConfig
 
 GATE_SINKS = 4  # a gate sees nothing of what makes a first token loud
 NEWEST = 16  # tokens at the end of a text that a gate is not fitted to: few queries have seen them
@@ -17,21 +20,39 @@ def observed(model, tokens):
     return [layer.cache for layer in model.layers]
 
 
-def fit_slots(model, tokens, slots):
-    """how many slots each layer gets (PrefixKV)"""
-    n, curves = tokens.shape[1], []  # [layers, rows, n]: attention that the best tokens get
-    if not 1 <= slots <= n:
-        raise ValueError(f"--slots must lie in 1 .. {n}, the --tokens, got {slots}")
+def counts(model, tokens, mean, least):
+    """How many of tokens [rows, n] each layer keeps: [layers], `mean` on average. All layers keep
+    the same share of the attention that tokens get, but at least `least` tokens."""
+    curves = []  # [layers, rows, n]: attention that the best tokens get
     for cache in observed(model, tokens):
         by_token = cache.score.gather(2, cache.born.argsort(2))  # each head has an order of its own
         best = by_token.mean(1).sort(descending=True).values
         curves.append((best / best.sum(1, keepdim=True)).cumsum(1))
     curves = torch.stack(curves)
-    # As published, all layers keep the same share, found for every text. What bisection would find
-    # stands in a list of all: each smaller share is one token more.
-    shares = curves.transpose(0, 1).flatten(1).sort(1).values[:, (slots - 1) * len(curves)]
-    counts = (curves < shares[:, None]).sum(2) + 1.0  # [layers, rows]
-    return {"slots": (counts.mean(1) / UNIT).round().clamp(min=1).long() * UNIT}
+    curves[..., : least - 1] = 0  # these are kept at any share
+    # As published, the share is found for every text. What bisection would find stands in a list of
+    # all: each smaller share is one token more.
+    shares = curves.transpose(0, 1).flatten(1).sort(1).values[:, (mean - 1) * len(curves)]
+    return ((curves < shares[:, None]).sum(2) + 1.0).mean(1)
+
+
+def fit_slots(model, tokens, slots):
+    """how many slots each layer gets (PrefixKV)"""
+    n = tokens.shape[1]
+    if not UNIT <= slots <= n:
+        raise ValueError(f"--slots must be at least {UNIT}, which each layer gets, and at most {n}, "
+                         f"the --tokens, got {slots}")
+    return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round().long() * UNIT}
+
+
+def fit_shares(model, tokens, share):
+    """what share of its tokens each layer keeps in 4 bits (ZipVL)"""
+    n, groups = tokens.shape[1], TierConfig.residual // TierConfig.group_size
+    if not 1 / groups <= share <= 1 - 1 / groups:
+        raise ValueError(f"--share must lie in {1 / groups} .. {1 - 1 / groups}, as both tiers get "
+                         f"{TierConfig.group_size} of {TierConfig.residual} tokens, got {share}")
+    kept = counts(model, tokens, ceil(share * n), ceil(n / groups))
+    return {"shares": (kept / n * groups).round().clamp(max=groups - 1) / groups}
 
 
 def fit_gate(model, tokens, share):
@@ -55,6 +76,11 @@ def fit_gate(model, tokens, share):
 def prefixkv(argument, model):
     fit = fitted.read(argument, "prefixkv", {"slots": [model.config.n_layers]})
     return [EvictConfig(sink=1, slots=n) for n in map(int, fit["slots"])]
+
+
+def zipvl(argument, model):
+    fit = fitted.read(argument, "zipvl", {"shares": [model.config.n_layers]})
+    return [TierConfig(share=share) for share in fit["shares"].tolist()]
 
 
 def gate(argument, model):

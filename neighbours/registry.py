@@ -5,7 +5,7 @@ KVConfig, with
 
     make(*shape, sliding, dtype, device)   the cache, a kind of kivi.Cache
     stored_bits(head_dim)                  bits of a number, codes and all that goes with them
-    observes                               true if the cache has `observe` (none: false)
+    observes                               true if the cache needs `observe` (none: false)
     by_capacity                            true if it holds a share of its capacity (none: false)
 
 and the cache may have, beside what kivi.Cache has,
@@ -29,4 +29,4 @@ from quantize import PRESETS
 OTHERS |= {name: partial(retrieve.configs, preset) for name, preset in PRESETS.items()}
 OTHERS |= {"h2o": evict.h2o, "prefixkv": fit.prefixkv, "gate": fit.gate,
            "nuq2": partial(nuq.configs, 2), "nuq3": partial(nuq.configs, 3),
-           "tiers": tiers.tiers, "mikv": tiers.mikv, "zipvl": tiers.zipvl}
+           "tiers": tiers.tiers, "mikv": tiers.mikv, "zipvl": fit.zipvl}

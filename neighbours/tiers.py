@@ -11,13 +11,11 @@ ZipCache (arXiv 2405.14256), `tiers`. As published: ranks by the mean attention 
     would drift.
 MiKV (2402.18096), `mikv`. As published: summed attention, 8 and 2 bits. Not: KIVI's axes leave its
     balancer of key channels nothing to do; no token moves down later.
-ZipVL (2410.08584), `zipvl:FILE`. As published: a share for each layer. Not: it comes from a file,
-    as one for each prompt would need buffers of the largest; prefill stays dense.
+ZipVL (2410.08584), `zipvl:FILE` in fit.py. As published: a share for each layer. Not: it comes from
+    a file, as one for each prompt would need buffers of the largest; prefill stays dense.
 """
-import json
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -206,15 +204,3 @@ def tiers(argument, model, **preset):
 
 
 mikv = partial(tiers, hi=8, mean=0, sink=0, shrink=1.0)
-
-
-def zipvl(file, model):
-    """The configs of `zipvl:FILE`, a JSON list of one share a layer, as near as the tiers allow."""
-    least, n_layers = TierConfig.group_size / TierConfig.residual, model.config.n_layers
-    try:
-        shares = [float(share) for share in json.loads(Path(file).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"zipvl:FILE needs a JSON list of one share a layer: {error}") from None
-    if len(shares) != n_layers:
-        raise ValueError(f"{file} has {len(shares)} shares, the model {n_layers} layers")
-    return [TierConfig(share=min(max(share, least), 1 - least)) for share in shares]

@@ -97,7 +97,7 @@ def test_the_memory_formula_knows_the_keys_of_a_step():
 ), ids=("probabilities", "queries", "keys"))
 def test_the_memory_formula_knows_what_ranks_tokens(kv, dtype, prompt, shape):
     """The probabilities of a prompt, which are computed once more beside its queries. Guards
-    against counting none, as many as all queries would have at once, or them alone."""
+    against counting none, or these alone."""
     config = ModelConfig(vocab_size=64, dim=64, n_layers=2, hidden_dim=64, max_len=8192, **shape)
     model = random_model(config, CPU).to(dtype)
     model.setup_caches(1, prompt + 40, kv)

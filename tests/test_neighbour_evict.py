@@ -414,7 +414,8 @@ def test_compiled_steps_equal_plain_ones_and_recompile_nothing(method, files, ch
 def test_slots_of_layers_hold_the_same_share_of_attention(model, monkeypatch):
     """Against all shares that make a difference, tried one by one, on attention computed here.
     Guards against curves that are not sorted, heads whose slots hold tokens in orders of their own,
-    a search that ends beside the wanted total, texts that are mixed."""
+    a search that ends beside the wanted total, texts that are mixed, and a unit that layers get
+    beyond the total."""
     monkeypatch.setattr(fit, "UNIT", 1)
     ids, n, read = torch.cat([some_tokens(50, seed) for seed in (0, 1)]), 50, {}
     for number, layer in enumerate(model.layers):
@@ -431,15 +432,17 @@ def test_slots_of_layers_hold_the_same_share_of_attention(model, monkeypatch):
         attention = scores.softmax(-1).mean(0).sum(0)
         curves[row].append((attention.sort(descending=True).values / attention.sum()).cumsum(0))
 
-    def best(curves, wanted):
+    def best(curves, wanted, least):
         """Tokens of each layer by the largest share that is not too much."""
         for share in torch.cat(curves).sort(descending=True).values.tolist():
-            counts = [int((curve < share - 1e-7).sum()) + 1 for curve in curves]
+            counts = [max(least, int((curve < share - 1e-7).sum()) + 1) for curve in curves]
             if sum(counts) <= wanted * len(curves):
                 return torch.tensor(counts).float()
 
     for wanted in range(3, 48, 3):
-        mean = sum(best(text, wanted) for text in curves) / len(curves)
+        for least in (wanted, wanted - 1, 1):
+            mean = sum(best(text, wanted, least) for text in curves) / len(curves)
+            assert fit.counts(model, ids, wanted, least).tolist() == mean.tolist()
         found = fit.fit_slots(model, ids, wanted)["slots"]
         assert found.tolist() == mean.round().long().tolist()
         assert abs(found.sum() - wanted * len(model.layers)) <= len(model.layers)
@@ -495,14 +498,14 @@ def test_a_conversation_goes_on_from_what_is_held(monkeypatch):
     assert code == 0 and len(read) == 2 and max(read) < 10, err
 
 
-@pytest.mark.parametrize("method, option", (("prefixkv", "--slots"), ("gate", "--share")))
-def test_what_was_fitted_runs(method, option, checkpoint, tmp_path):
+@pytest.mark.parametrize("method, option, value", (
+    ("prefixkv", "--slots", 100), ("gate", "--share", 0.3), ("zipvl", "--share", 0.4)))
+def test_what_was_fitted_runs(method, option, value, checkpoint, tmp_path):
     """From a text to an answer, in two programs. Guards against a file that its reader refuses."""
     book, file = tmp_path / "book.txt", tmp_path / "fit"
     book.write_text("All that is gold does not glitter. " * 40)
     code, _, err = run(method, file, "--text", book, "--checkpoint", checkpoint, "--rows", 2,
-                       "--tokens", 200, option, {"gate": 0.3}.get(method, 100),
-                       main=calibrate.main)
+                       "--tokens", 200, option, value, main=calibrate.main)
     assert code == 0, err
     found = result_of("--checkpoint", checkpoint, "--kv", f"{method}:{file}",
                       "--max-new-tokens", 100)
@@ -555,6 +558,8 @@ def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
     check_error(calls("gate", "--rows", 9), "9 rows", "--text")
     check_error(calls("gate", "--tokens", 20), "20")
     check_error(calls("gate", "--tokens", 99, "--share", 2), "share")
-    check_error(calls("prefixkv", "--tokens", 99, "--slots", 100), "100")
-    check_error(calls("prefixkv", "--tokens", 99, "--slots", 9, file=tmp_path / "no" / "fit"),
+    for slots in (63, 100):
+        check_error(calls("prefixkv", "--tokens", 99, "--slots", slots), "64", "99", str(slots))
+    check_error(calls("zipvl", "--tokens", 99, "--share", 0.9), "--share", "0.9")
+    check_error(calls("prefixkv", "--tokens", 99, "--slots", 64, file=tmp_path / "no" / "fit"),
                 "cannot be written")

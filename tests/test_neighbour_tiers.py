@@ -1,5 +1,4 @@
 """neighbours/tiers.py, packed.py and observed.py: two tiers of packed tokens, and who chooses."""
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -9,7 +8,8 @@ from cache_cases import assert_same, at, refused, state
 from calling import check_error, result_of, run
 from fused.step import compiled_step
 from model import OTHERS
-from neighbours import observed
+from neighbours import fit, fitted, observed
+from neighbours.evict import EvictConfig
 from neighbours.observed import column_sums
 from neighbours.tiers import TierCache, TierConfig
 from reference_cache import (
@@ -373,11 +373,11 @@ def test_a_prompt_in_parts_counts_as_one(model):
 
 def test_the_program_takes_them_by_name(tmp_path):
     """Guards against names that nobody registers, and a saved cache that is not the same."""
-    file, shares = tmp_path / "cache", tmp_path / "shares.json"
+    file, shares = tmp_path / "cache", tmp_path / "shares"
     long = "Once upon a time there was a king. " * 20
     for kv in ("tiers", "mikv:lag=4"):
         assert result_of("--kv", kv, "--prompt", long, "--max-new-tokens", 4)["kv"] == kv
-    shares.write_text(json.dumps([0.25, 0.5] * 4))
+    fitted.write(shares, "zipvl", {"shares": torch.tensor([0.25, 0.5] * 4)})
     args = "--kv", f"zipvl:{shares}", "--temperature", 0, "--max-new-tokens", 3
     first = result_of(*args, "--prompt", long, "--save-cache", file)
     assert first["new_tokens"] == 3
@@ -386,17 +386,40 @@ def test_the_program_takes_them_by_name(tmp_path):
 
 def test_shares_of_a_file_are_those_of_the_layers(model, tmp_path):
     """Guards against shares that no tier could hold, and a share of another layer."""
-    for shares, sizes in (([0.01, 0.6], [32, 64]), ([1, 0.2], [96, 32])):
-        (tmp_path / "f").write_text(json.dumps(shares))
-        configs = model.kv_configs(f"zipvl:{tmp_path / 'f'}")
+    kv = f"zipvl:{tmp_path / 'f'}"
+    for shares, sizes in (([0.25, 0.6], [32, 64]), ([0.75, 0.2], [96, 32])):
+        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor(shares)})
+        configs = model.kv_configs(kv)
         assert [config.sizes for config in configs] == [(hi, 128 - hi) for hi in sizes]
+    for wrong in (0.01, 1.0, -0.5):
+        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.25, wrong])})
+        refused(lambda: model.kv_configs(kv), "share", "another share")
+
+
+def test_shares_hold_the_same_part_of_the_attention(monkeypatch):
+    """By hand: of 100 tokens a layer pays all alike, another only 20. It gets the 25 that are the
+    least, and the first what is left. Guards against a least that is added after the search, and
+    shares that no tier could hold."""
+    caches = []
+    for loud in (100, 20):
+        cache = EvictConfig(slots=100).make(2, HEADS, 100, D)
+        cache.born.copy_(torch.stack([torch.randperm(100) + 1 for _ in range(4)]).view(2, HEADS, -1))
+        cache.score.copy_(cache.born > 100 - loud)
+        caches.append(cache)
+    monkeypatch.setattr(fit, "observed", lambda model, tokens: caches)
+    tokens = torch.zeros(2, 100, dtype=torch.int64)
+    for share, wanted in ((0.25, [0.25, 0.25]), (0.4, [0.5, 0.25]), (0.6, [0.75, 0.25])):
+        assert fit.fit_shares(None, tokens, share)["shares"].tolist() == wanted
+    for share in (0.2, 0.8):
+        refused(lambda: fit.fit_shares(None, tokens, share), "--share", share)
 
 
 @pytest.mark.parametrize("kv, named", (
     ("tiers:shares=0.5", "shares"), ("tiers:share", "share"), ("tiers:share=inf", "share"),
     ("tiers:hi=2", "hi"), ("tiers:share=0.05", "share"), ("tiers:sink=97", "96"),
     ("tiers:shrink=0", "shrink"), ("tiers:lag=-1", "lag"), ("tiers:every=0", "every"),
-    ("tiers:boost=8", "boost"), ("zipvl:nothing.json", "zipvl:FILE"), ("zipvl", "zipvl:FILE")))
+    ("tiers:boost=8", "boost"),
+    ("zipvl:nothing", "neighbours.calibrate zipvl"), ("zipvl", "neighbours.calibrate zipvl")))
 def test_what_cannot_be_is_refused(kv, named):
     """Guards against an error of the library, or a cache that is not what was asked for."""
     check_error(run("--kv", kv, "--max-new-tokens", 2), named)
@@ -407,10 +430,10 @@ def test_other_refusals(model, tmp_path):
     _, k, v = tokens_of(1, 5)
     refused(lambda: make().prefill(k, v), "extend")
     refused(lambda: make(sliding=20), "sliding window", "choose another")
-    (tmp_path / "f").write_text("[0.5]")
-    refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "layers")
-    (tmp_path / "f").write_text('{"a": 1}')
-    refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "JSON")
+    fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.5])})
+    refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "another model")
+    fitted.write(tmp_path / "f", "gate", {"shares": torch.tensor([0.5, 0.5])})
+    refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "not written for zipvl")
 
 
 def test_bits_and_bytes():
