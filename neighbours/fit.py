@@ -40,8 +40,8 @@ def fit_slots(model, tokens, slots):
     """how many slots each layer gets (PrefixKV)"""
     n = tokens.shape[1]
     if not UNIT <= slots <= n:
-        raise ValueError(f"--slots must be at least {UNIT}, which each layer gets, and at most {n}, "
-                         f"the --tokens, got {slots}")
+        raise ValueError(f"--slots must be {UNIT}, which each layer gets at least, to {n}, the "
+                         f"--tokens, got {slots}")
     return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round().long() * UNIT}
 
 

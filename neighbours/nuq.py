@@ -146,7 +146,7 @@ class NuqCache(Cache):
         levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.metadata).max
         codes = nearest((x - zero) / scale, levels)
         missed = tokenwise(x - (levels[codes.int()] * scale + zero))
-        order = missed.abs().argsort(dim=-1, descending=True, stable=True)  # the first of equal ones
+        order = missed.abs().argsort(dim=-1, descending=True, stable=True)  # first of equals
         channel = order[..., : outliers(order.shape[-1])]
         missed = missed.gather(-1, channel)
         bits = self.config.k_bits if name == "k" else self.config.v_bits

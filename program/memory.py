@@ -17,7 +17,7 @@ LIBRARIES = 2**27  # bytes: workspaces of CUDA's libraries
 MASKED = 512  # queries that share a mask, see `causal` in fused/full.py
 BLOCK = 256  # tokens: attention over a packed cache has at most one partial result for so many
 PAST = 4 * FLOAT  # bytes for each channel of a KV head of a token that is held, see `extend`
-OBSERVED = 3 * FLOAT + 1  # bytes for each probability that `observe` computes: softmax, and a mask
+OBSERVED = 13  # bytes for each probability that `observe` computes: three in float32, and a mask
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.
 WRITTEN_OUT = 14  # a token that is read: K and V in float32, and the codes of one
 FLUSHED = 17  # a token of a key block: float32 copies of it, while it is quantized
