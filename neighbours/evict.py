@@ -11,10 +11,11 @@ A token is never dropped while it is one of the first S, *sinks*, or of the newe
 
 As published  H2O: sums by KV head, half of the slots for the newest, prompts read exactly first.
               PrefixKV: the search for the slots of the layers, the first token kept.
-Not           H2O: slots are a share of the row's capacity, as buffers are static. PrefixKV: each
-              KV head chooses, by sums that decoding goes on with; the paper's one choice a layer,
-              and then a sliding window, measured worse. Attention-Gate: a stand-in without
-              training; the paper trains a block in front of every layer, and none is public.
+Not           H2O: slots are a share of the row's capacity, as buffers are static. PrefixKV: slots
+              come in 64s, and each KV head chooses, by sums that decoding goes on with; the paper's
+              one choice a layer, and then a sliding window, measured worse. Attention-Gate: a
+              stand-in without training; the paper trains a block in front of every layer, and none
+              is public.
 
 Tokens take the slots in turn until all are full; the order of slots means nothing."""
 import re
