@@ -38,12 +38,12 @@ LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q 
     "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
     "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32,
                "num_warps": 4, "num_stages": 3},
-    "softmax": {"XBLOCK": 2, "num_warps": 4, "num_stages": 1},
-    "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},
+    "softmax": {"num_warps": 4, "num_stages": 1},  # XBLOCK: as many rows as have 512 numbers
+    "blocks": {"XBLOCK": 8, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1},  # ranks of pages
 }
-CORRECTED = {  # by kind, and whether the kernel has y
-    ("softmax", True): {"YBLOCK": 1, "XBLOCK": 32},  # a constant number of blocks
-    ("blocks", False): {"XBLOCK": 4, "R0_BLOCK": 256},  # ranks of pages, neighbours/retrieve.py
+JOINED = {  # the same kinds in `joined`: its number of blocks is constant, or it is not
+    "softmax": {"YBLOCK": 1, "XBLOCK": 32, "num_warps": 4, "num_stages": 1},
+    "blocks": {"YBLOCK": 1, "XBLOCK": 32, "R0_BLOCK": 8, "num_warps": 2, "num_stages": 1},
 }
 
 
@@ -88,10 +88,9 @@ def dynamic(x):
 
 def first(x, n, *inner):
     """The first n * prod(inner) entries of dimension 2 of a buffer, as [B, Hk, n, *inner, ..]."""
-    batch, head, entry = x.stride()[:3]
+    batch, head, entry, *rest = x.stride()
     steps = [entry * prod(inner[i:]) for i in range(len(inner) + 1)]
-    shape = (*x.shape[:2], n, *inner, *x.shape[3:])
-    return x.as_strided(shape, (batch, head, *steps, *x.stride()[3:]))
+    return x.as_strided((*x.shape[:2], n, *inner, *x.shape[3:]), (batch, head, *steps, *rest))
 
 
 def attention(cache, q, pos, starts):
@@ -101,7 +100,7 @@ def attention(cache, q, pos, starts):
     """
     rows = query_rows(cache, q)
     scores = packed_scores(cache, rows, starts.shape[0])
-    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], starts)
+    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], tokens_of(starts, cache.block))
     return joined(blocks, softmax_of_window(cache, rows, scores, pos)).view(q.shape).to(q.dtype)
 
 
@@ -109,6 +108,11 @@ def query_rows(cache, q):
     """q [B, H, n, D] as the rows of one product for each KV head: [B, Hk, M n, D]."""
     rows = q.reshape(len(q), cache.n_kv_heads, -1, cache.head_dim)
     return rows.to(torch.float16) if q.is_cuda else rows.float()
+
+
+def tokens_of(starts, n):
+    """[.., n]: the n tokens from each of `starts` on."""
+    return starts.int()[..., None] + torch.arange(n, dtype=torch.int32, device=starts.device)
 
 
 def joined(blocks, window):
@@ -169,8 +173,7 @@ def fold(rows, scale, dtype):
     """rows * scale [B, Hk, nb, U, M, D], in parts that add up to it.
 
     Rounded to float16 once, a score is 5e-4 off where keys have loud channels: more than the
-    rounding of a float16 result, which gets two parts.
-    """
+    rounding of a float16 result, which gets two parts."""
     if dtype != torch.float16 or not rows.is_cuda:
         return [rows * scale]
     exact = rows.float() * scale.float()
@@ -179,15 +182,13 @@ def fold(rows, scale, dtype):
     return [high.to(torch.float16), (exact - high).to(torch.float16)]
 
 
-def softmax_of_blocks(cache, scores, pos, own, starts, part=first):
+def softmax_of_blocks(cache, scores, pos, own, t, part=first):
     """Attention over the tokens whose values are quantized, block by block.
 
-    starts   first token of every block, [nb] or [B, Hk, nb]
+    t        tokens of every block, [nb, C] or [B, Hk, nb, C]
     returns  largest score and sum of weights [B, Hk, nb, M], weighted values [B, Hk, nb, M, D]
     """
-    c = cache.config
-    t = torch.arange(cache.block, dtype=torch.int32, device=pos.device)
-    t = starts.int()[..., None, None] + t  # [.., nb, 1, C]
+    c, t = cache.config, t[..., None, :]  # [.., nb, 1, C]
     newest = pos.int()[:, None, None, None, None]
     seen = (t >= c.sink) & (t < newest - c.residual)  # [B, 1 or Hk, nb, 1, C]
     if cache.sliding is not None:
@@ -199,7 +200,7 @@ def softmax_of_blocks(cache, scores, pos, own, starts, part=first):
         scores = by_plane(torch.stack(scores, -2).flatten(-3), 8 // c.v_bits, c.group_size)
     top = reduce(torch.maximum, scores).amax(-1)  # [B, Hk, nb, M]
     p = [(x - top[..., None]).exp() for x in scores]
-    return top, sum(p).sum(-1), packed_values(cache, p, starts.shape[-1], pos.is_cuda, part)
+    return top, sum(p).sum(-1), packed_values(cache, p, t.shape[-3], pos.is_cuda, part)
 
 
 def by_plane(x, planes, group_size):
@@ -228,7 +229,7 @@ def packed_values(cache, p, n_blocks, half, part=first):
     return (of_codes + of_zero[..., None]).transpose(3, 4).flatten(-2)
 
 
-def softmax_of_window(cache, rows, scores, pos, first_block=0):
+def softmax_of_window(cache, rows, scores, pos, begin=0):
     """Attention over the tokens whose values are exact: the sinks and the last R + 1.
 
     returns  largest score and sum of weights [B, Hk, M, 1], weighted values [B, Hk, M, D]
@@ -237,20 +238,20 @@ def softmax_of_window(cache, rows, scores, pos, first_block=0):
     unseen = t < 0
     if cache.sliding is not None:
         unseen = unseen | (t <= pos[:, None] - cache.sliding)
-    recent = window_scores(cache, rows, scores, pos, t, first_block)
+    recent = window_scores(cache, rows, scores, pos, t, begin)
     recent = recent.masked_fill(unseen[:, None, None], NEVER)
     return softmax_of(recent, cache.v_window.to(rows.dtype))
 
 
-def window_scores(cache, rows, scores, pos, t, first_block=0):
-    """[B, Hk, M, slots]: scores of the window's tokens t [B, slots], for a query at pos; those of
-    the blocks begin at `first_block`, a number or [B, 1]."""
+def window_scores(cache, rows, scores, pos, t, begin=0):
+    """[B, Hk, M, slots]: scores of the window's tokens t [B, slots], for a query at pos; as if
+    those of the blocks were of the tokens from `begin` on, a number or [B, 1]."""
     c, G, P, C = cache.config, cache.config.group_size, len(scores), cache.block
     recent = product((rows, cache.k_window.to(rows.dtype), cache.head_dim**-0.5))
     # Between the boundaries of K and V the value is exact and the key is quantized: such scores
     # come from the planes, from the place of the token there.
     exact = (t < c.sink) | (t >= (pos // c.residual * c.residual)[:, None])
-    place = (t - first_block * C).clamp(0, scores[0].shape[2] * C - 1)[:, None, None]
+    place = (t - begin).clamp(0, scores[0].shape[2] * C - 1)[:, None, None]
     in_plane = place % C // (P * G) * G + place % G
     B, Hk, M = (torch.arange(n, device=pos.device) for n in rows.shape[:3])
     index = B[:, None, None, None], Hk[:, None, None], place // C, M[:, None], in_plane
@@ -283,8 +284,7 @@ def numbers(packed, bits, dtype):
     """The codes of every plane as numbers, not yet shifted into place: [(codes * 2^p, 2^-p) ..].
 
     float16 (CUDA): the low bits of a float16 are the mantissa of a denormal, so the masked byte
-    already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code.
-    """
+    already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code."""
     masks = [(p, (1 << bits) - 1 << p) for p in range(0, 8, bits)]
     if dtype != torch.float16:  # around their middle, or the shares of codes and zeros would cancel
         return [((packed & mask).float() - mask / 2, 2.0**-p) for p, mask in masks]
@@ -317,8 +317,7 @@ def stored(x):
 
     Inductor keeps the result of a product in the type of its operands, 16 bits here, unless float32
     arithmetic on it ends in a store of the same kernel; and what is not stored it evaluates again
-    for every reader. `as_strided` needs real strides and so forces the store.
-    """
+    for every reader. `as_strided` needs real strides and so forces the store."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -347,9 +346,7 @@ def kernel_kind(features):
     from torch._inductor.virtualized import V
 
     n = str(features.reduction_numel)  # a number, or a symbol: the number of blocks
-    nodes = [getattr(node, "node", None) for node in features.scheduler_nodes()]
-    nodes = [node for node in nodes if hasattr(node, "get_reduction_type")]
-    if any(node.get_reduction_type() == "dot" for node in nodes):
+    if any(map(is_product, features.scheduler_nodes())):
         reads = {r.name for node in features.scheduler_nodes() for r in node.read_writes.reads}
         types = {V.graph.get_dtype(name) for name in reads}
         if torch.uint8 in types:
@@ -367,8 +364,7 @@ def launches():
     """Inductor's choices for attention: fixed launches, the fastest of those that were timed.
 
     Without them, Inductor starts at tiles many times larger, which spill registers, and timing its
-    lists takes a minute a kernel.
-    """
+    lists takes a minute a kernel."""
     from torch._inductor.choices import InductorChoices as Choices
     from torch._inductor.codegen.triton import FixedTritonConfig
 
@@ -379,7 +375,9 @@ def launches():
             kind = kernel_kind(features)
             if kind is None:
                 return kernel_kwargs
-            launch = LAUNCH[kind] | CORRECTED.get((kind, "y" in groups[0]), {})
+            launch = LAUNCH[kind] | (JOINED.get(kind, {}) if "y" in groups[0] else {})
+            if kind == "softmax" and "y" not in groups[0]:
+                launch["XBLOCK"] = max(2, 512 >> (int(features.reduction_numel) - 1).bit_length())
             if kind == "uneven" and int(groups[0]["y"]) % 64 == 0:
                 launch["YBLOCK"] = 64  # groups of 64: with 32, up to 12 % slower
             dims = {name.upper() + "BLOCK" for name in ("x", "y", "z", "r0_") if name in groups[0]}
@@ -400,7 +398,7 @@ def launches():
             return Choices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return f"kivi-8 {LAUNCH} {CORRECTED}"  # part of the key of the compile caches
+            return f"kivi-9 {LAUNCH} {JOINED}"  # part of the key of the compile caches
 
     return Launches()
 
@@ -414,6 +412,7 @@ OPTIONS = {
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
     "shape_padding": False,
+    "assert_indirect_indexing": False,  # pages and slots are in range: 4 of 142 us
     # Else a kernel comes right behind the one it waits for: 27.5 us, not 20.0, at B = 1.
     "reorder_for_peak_memory": False,
     "loop_ordering_after_fusion": False,  # else sums of products stay outside the products' kernel

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from fused.attention import NEVER, joined, packed_scores, product, query_rows, slot_tokens
-from fused.attention import softmax_of, softmax_of_blocks, window_scores
+from fused.attention import softmax_of, softmax_of_blocks, tokens_of, window_scores
 from fused.full import full_attention, has_grouped_kernel
 from kivi import FullCache
 from quantize import dequantize, take, value_codes
@@ -51,7 +51,7 @@ def fused_drafted(cache, q, pos, starts, k, v, left):
     now = pos[:, None] + torch.arange(n, device=q.device)
     scores = packed_scores(cache, rows, starts.shape[0])
     every = now.repeat(1, rows.shape[2] // n)  # [B, M n]
-    blocks = softmax_of_blocks(cache, scores, pos, every, starts)
+    blocks = softmax_of_blocks(cache, scores, pos, every, tokens_of(starts, cache.block))
     t = slot_tokens(cache.config, pos)  # [B, slots]
     t = torch.where(t == now[:, :1], -1, t)  # the slot of the first draft is still another's
     recent = window_scores(cache, rows, scores, pos, t)

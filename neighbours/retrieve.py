@@ -16,17 +16,19 @@ choice for all heads and a whole answer, new positions, and blocks on the host (
 """
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 
 import torch
 from torch.nn import functional as F
 
 from fused.attention import (
     NEVER, attention, first, joined, middle, packed_scores, product, query_rows, slot_tokens,
-    softmax_of_blocks, softmax_of_window, stored,
+    softmax_of_blocks, softmax_of_window, stored, tokens_of,
 )
 from kivi import KiviCache
 from quantize import KVConfig, dequantize_groups, take
 
+PAGES = 4  # of a block: sums over one page would be short, and their results many
 FAR = 2**30  # the token where a page begins that is not there
 
 
@@ -71,8 +73,8 @@ def pages_of(cache, rows, pos, n_pages):
     fewer. The newest hold the keys of exact values: they come last, in order, and are always read.
     """
     c, device = cache.config, pos.device
-    page = torch.arange(n_pages, device=device)
-    newest = (pos - c.residual).clamp(min=0) // cache.page  # [B]
+    page = torch.arange(n_pages, dtype=torch.int32, device=device)
+    newest = (pos - c.residual).clamp(min=0).int() // cache.page  # [B]
     there = (page < newest[:, None])[:, None]
     bound = torch.where(there, bounds(cache, rows, n_pages), NEVER)  # [B, Hk, pages]
     if not c.sink:  # the first tokens get much attention in most models, and small bounds
@@ -81,13 +83,14 @@ def pages_of(cache, rows, pos, n_pages):
     # Ranks by comparison: a sort would be a call of the library, which nothing fuses with.
     other, own = bound[..., None, :], bound[..., None]
     above = (other > own) | (other == own) & (page < page[:, None])
-    rank = torch.where(there, stored(above.sum(-1)), -1)  # [B, Hk, pages]
+    rank = torch.where(there, stored(above.sum(-1, dtype=torch.int32)), -1)  # [B, Hk, pages]
     place = torch.arange(cache.n_chosen, device=device)[:, None]
-    chosen = ((rank[:, :, None] == place) * (page + 1)).sum(-1) - 1  # [B, Hk, chosen]
-    always = newest[:, None] + torch.arange(cache.n_newest, device=device)
+    chosen = (rank[:, :, None] == place) * (page + 1)  # [B, Hk, chosen, pages], one is not 0
+    chosen = chosen.sum(-1, dtype=torch.int32) - 1
+    always = newest[:, None] + torch.arange(cache.n_newest, dtype=torch.int32, device=device)
     always = torch.where(always < n_pages, always, -1)[:, None]
     always = always.expand(-1, cache.n_kv_heads, -1)
-    return stored(torch.cat([chosen, always], 2)), newest
+    return torch.cat([chosen, always], 2), newest
 
 
 def newest_pages(residual, page):
@@ -96,27 +99,32 @@ def newest_pages(residual, page):
     return -(-residual // page) + (not aligned)
 
 
-def gathered(pages, n_pages, x, n, *inner):
-    """As `fused.attention.first`, but of the pages [B, Hk, n] of the first n_pages.
+def gathered(pages, n_pages, x, n, entries, *inner):
+    """As `fused.attention.first`, but n blocks of the pages [B, Hk, n, W] of the first n_pages.
 
     n_pages is no constant to the compiler. With one, Inductor (2.11) gives the loads of pages a
     mask with which they have no shape for a product.
     """
     B, Hk = (torch.arange(size, device=x.device) for size in x.shape[:2])
-    return first(x, n_pages, *inner)[B[:, None, None], Hk[:, None], pages.clamp(min=0)]
+    x = first(x, n_pages, entries // pages.shape[3], *inner)
+    return x[B[:, None, None, None], Hk[:, None, None], pages.clamp(min=0)].flatten(3, 4)
 
 
 def fused_attention(cache, q, pos, starts):
-    """`RetrieveCache.attention` as `fused.attention.attention` has it: a block is a page."""
+    """`RetrieveCache.attention` as `fused.attention.attention` has it: a block is W pages."""
     if cache.reads_all:
         return attention(cache, q, pos, starts)
-    rows = query_rows(cache, q)
-    pages, newest = pages_of(cache, rows, pos, starts.shape[0])
-    part = partial(gathered, pages, starts.shape[0])
+    rows, W = query_rows(cache, q), cache.block // cache.page
+    n_pages = starts.shape[0] * W
+    pages, newest = pages_of(cache, rows, pos, n_pages)
+    pages = stored(F.pad(pages, (0, -pages.shape[2] % W), value=-1))
+    pages = pages.unflatten(2, (-1, W))  # [B, Hk, nb, W]
+    part = partial(gathered, pages, n_pages)
     scores = packed_scores(cache, rows, pages.shape[2], part)
-    begin = torch.where(pages < 0, FAR, pages * cache.page)
-    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], begin, part)
-    window = softmax_of_window(cache, rows, scores, pos, (newest - cache.n_chosen)[:, None])
+    t = tokens_of(torch.where(pages < 0, FAR, pages * cache.page), cache.page).flatten(3)
+    blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], t, part)
+    begin = (newest - cache.n_chosen)[:, None] * cache.page
+    window = softmax_of_window(cache, rows, scores, pos, begin)
     return joined(blocks, window).view(q.shape).to(q.dtype)
 
 
@@ -131,9 +139,13 @@ class RetrieveCache(KiviCache):
     def __init__(self, *shape, read, by, **options):
         super().__init__(*shape, **options)
         self.page, self.by = 4 * self.config.group_size, by
-        self.block, self.n_chosen = self.page, read // self.page
+        self.n_chosen = read // self.page
         self.n_newest = newest_pages(self.config.residual, self.page)
-        self.reads_all = self.n_chosen + self.n_newest >= self.capacity // self.page
+        n_read = self.n_chosen + self.n_newest
+        self.reads_all = n_read >= self.capacity // self.page
+        if not self.reads_all:
+            # A part of the block before: buffers have room behind them for whole ones.
+            self.block = self.page * (gcd(PAGES, self.block // self.page) if n_read > PAGES else 1)
 
     def attention(self, q, pos, t, seen=None, beside=None):
         if self.reads_all or seen is not None:
@@ -142,8 +154,8 @@ class RetrieveCache(KiviCache):
         n_pages = min(len(t), self.capacity) // self.page
         pages, newest = pages_of(self, rows, pos, n_pages)
         k, v = (self.from_pages(name, pages, n_pages) for name in "kv")  # [B, Hk, tokens, D]
-        held = torch.where(pages < 0, FAR, pages * self.page)[..., None]
-        held = (held + torch.arange(self.page, device=pos.device)).flatten(2)  # [B, Hk, tokens]
+        held = tokens_of(torch.where(pages < 0, FAR, pages * self.page), self.page)
+        held = held.flatten(2)  # [B, Hk, tokens]
         recent = slot_tokens(c, pos)  # [B, slots]
         block = (pos // c.residual * c.residual)[:, None]
         exact = ((recent >= block) | (recent < c.sink))[:, None, :, None]
@@ -159,7 +171,7 @@ class RetrieveCache(KiviCache):
     def from_pages(self, name, pages, n_pages):
         """code * scale + zero of the tokens of these pages, float32 [B, Hk, tokens, D]."""
         bits, *parts = self.parts(name)
-        parts = (gathered(pages, n_pages, x, 0, x.shape[2] * self.page // self.capacity)
+        parts = (gathered(pages[..., None], n_pages, x, 0, x.shape[2] * self.page // self.capacity)
                  .flatten(2, 3) for x in parts)
         order = self.order() if name == "k" else None
         return dequantize_groups(*parts, self.config, name, order)

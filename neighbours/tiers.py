@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fused.attention import NEVER, joined, packed_scores, product, query_rows, slot_tokens
-from fused.attention import softmax_of, softmax_of_blocks
+from fused.attention import softmax_of, softmax_of_blocks, tokens_of
 from neighbours.observed import NAMES, ObservedCache
 from neighbours.packed import Tier
 from quantize import BITS, KVConfig, slices, take
@@ -177,8 +177,8 @@ class TierCache(ObservedCache):
         for tier in self.tiers:
             scores = packed_scores(tier, rows, starts.shape[0])
             end = self.coded(pos) * tier.size + tier.config.residual  # sees all that are coded
-            first = starts // self.block * tier.block
-            blocks.append(softmax_of_blocks(tier, scores, end, pos[:, None], first))
+            t = tokens_of(starts // self.block * tier.block, tier.block)
+            blocks.append(softmax_of_blocks(tier, scores, end, pos[:, None], t))
         blocks = [torch.cat(x, 2) for x in zip(*blocks)]
         scores = product((rows, self.k_window.to(rows.dtype), self.head_dim**-0.5))
         scores = scores.masked_fill((self.in_window(pos) < 0)[:, None, None], NEVER)

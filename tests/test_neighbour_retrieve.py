@@ -14,6 +14,7 @@ from quantize import PRESETS
 T, LENGTHS = 1600, (1600, 1499, 90)
 CASES = {  # preset, tokens to read, and what differs
     "kivi2": ("kivi2", 512, {}),
+    "blocks of four pages": ("kivi2", 640, {"max_len": 4500}),
     "kivi2+": ("kivi2+", 256, {}),
     "pages of 256": ("kivi2-", 512, {}),
     "K 4 V 2": ("k4v2", 384, {"by": "mean"}),
@@ -26,7 +27,7 @@ CASES = {  # preset, tokens to read, and what differs
 def make(name="kivi2", batch=3, dtype=torch.float32, max_len=1700):
     preset, read, more = CASES[name]
     options = {"by": "bound"} | more
-    sliding = options.pop("sliding", None)
+    sliding, max_len = options.pop("sliding", None), options.pop("max_len", max_len)
     config = ReadConfig(**(vars(PRESETS[preset]) | options), read=read)
     config.check(64)
     return config.make(batch, 2, max_len, 64, sliding=sliding, dtype=dtype, device="cpu")
@@ -75,7 +76,7 @@ def test_it_attends_to_its_pages_and_to_all_that_is_exact(name, dtype):
     want, bound = expected(cache, q), 3e-6 + 2 * HALF_EPS[dtype]
     assert rel(cache.attend(q), want) <= bound
     end = min(cache.length, cache.capacity)
-    fused = cache.fused(cache, q, cache.pos - 1, cache.index[: end : cache.page])
+    fused = cache.fused(cache, q, cache.pos - 1, cache.index[: end : cache.block])
     assert rel(fused, want) <= bound
     whole = KiviCache.attention(cache, q, cache.pos - 1, cache.tokens(cache.length))
     assert rel(whole, want) > 10 * bound  # or reading everything would pass as well
@@ -130,6 +131,21 @@ def test_no_key_scores_more_than_its_bound(preset):
     cache.by = "mean"
     middle = bounds(cache, rows, n)
     assert (middle < most).all()
+
+
+@pytest.mark.parametrize("residual", (96, 128, 256))
+@pytest.mark.parametrize("max_len", (1600, 5000, 10000, 70000))
+def test_whole_blocks_lie_in_the_buffers(residual, max_len):
+    """Fused kernels read the last block whole. Guards against a block that goes beyond them."""
+    config = ReadConfig(read=640, residual=residual)
+    cache = config.make(1, 2, max_len, 64, sliding=None, dtype=torch.bfloat16, device="meta")
+    assert not cache.reads_all
+    last = cache.index[: cache.capacity : cache.block].shape[0] * cache.block
+    for name, x in cache.contents().items():
+        if name.startswith(("k_packed", "v_packed", "k_scale")):
+            in_row = x.shape[2] * last // cache.capacity * x.stride(2)
+            before = x.stride(0) - x.stride(1) + x.storage_offset()
+            assert before + in_row <= x.untyped_storage().nbytes() // x.itemsize
 
 
 def test_what_it_holds_is_kivis():
