@@ -22,11 +22,13 @@ import json
 import math
 import signal
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from fused.attention import compiled_attention
+from generate import load
 from kivi import PRESETS, FullCache, KiviCache, KVConfig
 from program.cli import usable_device
 from program.memory import kv_read, weights_read
@@ -157,6 +159,7 @@ def time_form(start, q, k, v):
 def add_decode_arguments(add):
     add("--models", nargs="+", choices=STEPS, default=LARGE,
         help=f"which models (default: {' '.join(LARGE)})")
+    add("--checkpoint", help="a model with weights in place of these, as in generate.py")
     add("--weights", nargs="+", default=["bf16"], help="bf16, int8, int4 or int4:G (default bf16)")
     add("--caches", nargs="+", metavar="KV", default=["bf16", "kivi2", "kivi2+", "kivi4"],
         help="which caches, as --kv of generate.py (default bf16 kivi2 kivi2+ kivi4)")
@@ -167,15 +170,22 @@ def add_decode_arguments(add):
     add("--layers", type=int, help="fewer layers than the model has")
 
 
-def decode(results, device, models, weights, caches, batch, tokens, capacity, layers):
-    """a whole decode step of Llama shapes, random weights (needs CUDA)"""
+def decode(results, device, models, checkpoint, weights, caches, batch, tokens, capacity, layers):
+    """a whole decode step, of Llama shapes with random weights or a checkpoint (needs CUDA)"""
+    if checkpoint and layers:
+        raise ValueError("a --checkpoint runs with all its layers: leave out --layers")
     bandwidth = copy_bandwidth(results, device)
-    for name, form in itertools.product(models, weights):
+    for name, form in itertools.product([checkpoint] if checkpoint else models, weights):
         clear()
-        model = random_model(MODELS[name], device, layers, form)
+        if checkpoint:
+            kind = None if form == "bf16" else form
+            model, _ = load(checkpoint, device, torch.bfloat16, weights=kind)
+        else:
+            model = random_model(MODELS[name], device, layers, form)
         for kv in caches:
-            rows, present = batch or STEPS[name][0], tokens or STEPS[name][1]
-            row = {"model": name, "batch": rows, "tokens": present,
+            rows, present = STEPS.get(name, (1, model.config.max_len - 256))
+            rows, present = batch or rows, tokens or present
+            row = {"model": Path(name).name, "batch": rows, "tokens": present,
                    "capacity": capacity or present + 256, "form": form, "kv": kv}
             random_caches(model, rows, row["capacity"], kv)
             compile_step(model, kv)
