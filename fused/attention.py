@@ -39,7 +39,7 @@ LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q 
     "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32,
                "num_warps": 4, "num_stages": 3},
     "softmax": {"num_warps": 4, "num_stages": 1},  # XBLOCK: as many rows as have 512 numbers
-    "blocks": {"XBLOCK": 8, "R0_BLOCK": 128, "num_warps": 1, "num_stages": 1},  # ranks of pages
+    "blocks": {"XBLOCK": 16, "R0_BLOCK": 128, "num_warps": 4, "num_stages": 1},  # ranks of pages
 }
 JOINED = {  # the same kinds in `joined`: its number of blocks is constant, or it is not
     "softmax": {"YBLOCK": 1, "XBLOCK": 32, "num_warps": 4, "num_stages": 1},
