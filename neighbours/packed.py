@@ -8,6 +8,19 @@ from kivi import KiviCache
 from quantize import Buffers, key_codes, take, value_codes
 
 
+def by_tier(rank, n):
+    """The places [.., R] of the n largest of rank [.., R], in order, then those of the others.
+
+    By comparisons: Inductor's own sort does not compile at every shape.
+    """
+    i = torch.arange(rank.shape[-1], device=rank.device)
+    earlier, other, own = i < i[:, None], rank[..., None, :], rank[..., None]
+    hi = ((other > own) | (other == own) & earlier).sum(-1) < n
+    before = (earlier & (hi[..., None, :] == hi[..., None])).sum(-1)  # of the same tier
+    place = torch.where(hi, before, n + before)
+    return torch.zeros_like(place).scatter(-1, place, i.expand_as(place))
+
+
 class Tier(Buffers):
     """Room for max_len packed tokens a row.
 

@@ -23,7 +23,7 @@ from torch import nn
 from fused.attention import NEVER, joined, packed_scores, product, query_rows, slot_tokens
 from fused.attention import softmax_of, softmax_of_blocks, tokens_of
 from neighbours.observed import NAMES, ObservedCache
-from neighbours.packed import Tier
+from neighbours.packed import Tier, by_tier
 from quantize import BITS, KVConfig, slices, take
 
 
@@ -135,9 +135,9 @@ class TierCache(ObservedCache):
         if self.config.mean:
             rank = rank / (counted[:, None] - t)[:, None]
         rank = rank.masked_fill((t < self.config.sink)[:, None], -1)  # the first of the lo tier
-        order = rank.unflatten(2, (n, R)).sort(dim=-1, descending=True, stable=True).indices
+        order = by_tier(rank.unflatten(2, (n, R)), self.config.sizes[0])
         for tier, i in zip(self.tiers, order.split(self.config.sizes, -1)):
-            i = i.sort(-1).values + torch.arange(n, device=t.device)[:, None] * R
+            i = i + torch.arange(n, device=t.device)[:, None] * R
             i = i.flatten(2)[..., None].expand(-1, -1, -1, k.shape[3])
             tier.put(k.gather(2, i), v.gather(2, i), t[:, ::R] // R, chosen, rows)
 
