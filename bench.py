@@ -183,22 +183,16 @@ def decode(results, device, models, checkpoint, weights, caches, batch, tokens, 
         else:
             model = random_model(MODELS[name], device, layers, form)
         for kv in caches:
-            rows, present = STEPS.get(name, (1, model.config.max_len - 256))
-            rows, present = batch or rows, tokens or present
+            model.kv_configs(kv)  # what is wrong with one should be known before all is measured
+        rows, present = STEPS.get(name, (1, model.config.max_len - 256))
+        rows, present = batch or rows, tokens or present
+        for kv in caches:
             row = {"model": Path(name).name, "batch": rows, "tokens": present,
                    "capacity": capacity or present + 256, "form": form, "kv": kv}
-            random_caches(model, rows, row["capacity"], kv)
-            compile_step(model, kv)
-            seconds, row["first_step_s"] = step_seconds(model, present - 1, 20)
-            row["ms"] = 1e3 * seconds
-            row["tokens_per_s"] = rows / seconds
-            row["weights"], row["kv_bytes"] = weights_read(model), rows * kv_read(model, present)
-            row["floor_ms"] = (row["weights"] + row["kv_bytes"]) / bandwidth * 1e3
-            row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-            results.add(row)
-            say(f"  {name} B={rows} T={present} weights {form} {kv}: {row['ms']:.2f} ms, "
-                f"{row['tokens_per_s']:.0f} tokens/s, {row['floor_ms'] / row['ms']:.0%} of its "
-                f"roofline, first step {row['first_step_s']:.0f} s")
+            try:
+                results.add(row | step_of(model, row, bandwidth))
+            except Exception as failure:  # one cache must not end the table
+                say(f"  {name} {kv} failed: {type(failure).__name__}: {failure!s:.300}")
         del model
     rows = results.rows()
     add_ratios(rows, "ms", "model", lambda row: row["kv"] == row["form"] == "bf16")
@@ -209,6 +203,21 @@ def decode(results, device, models, checkpoint, weights, caches, batch, tokens, 
          f"{row['ms']:.2f} | {row['tokens_per_s']:.0f} | "
          f"{100 * row['floor_ms'] / row['ms']:.0f} % | {row['ratio'] or math.nan:.2f} | "
          f"{row['peak_GB']:.1f} | {row['first_step_s']:.0f}" for row in rows])
+
+
+def step_of(model, row, bandwidth):
+    """What is measured of a step: to be added to its row."""
+    random_caches(model, row["batch"], row["capacity"], row["kv"])
+    compile_step(model, row["kv"])
+    seconds, first = step_seconds(model, row["tokens"] - 1, 20)
+    weights, kv_bytes = weights_read(model), row["batch"] * kv_read(model, row["tokens"])
+    floor = (weights + kv_bytes) / bandwidth
+    say(f"  {row['model']} B={row['batch']} T={row['tokens']} weights {row['form']} {row['kv']}: "
+        f"{1e3 * seconds:.2f} ms, {row['batch'] / seconds:.0f} tokens/s, {floor / seconds:.0%} of "
+        f"its roofline, first step {first:.0f} s")
+    return {"first_step_s": first, "ms": 1e3 * seconds, "tokens_per_s": row["batch"] / seconds,
+            "weights": weights, "kv_bytes": kv_bytes, "floor_ms": 1e3 * floor,
+            "peak_GB": torch.cuda.max_memory_allocated() / 1e9}
 
 
 # ---- the program --------------------------------------------------------------------------------
