@@ -25,7 +25,7 @@ from checkpoint.rope import rotate
 from kivi import Cache
 from neighbours import fitted
 from neighbours.nuq_levels import (
-    BITS, nearest, outliers, pack, rotation, tokenwise, unpack, value_range,
+    BITS, largest, nearest, outliers, pack, rotation, tokenwise, unpack, value_range,
 )
 from quantize import KVConfig, slices, take
 
@@ -146,8 +146,7 @@ class NuqCache(Cache):
         levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.metadata).max
         codes = nearest((x - zero) / scale, levels)
         missed = tokenwise(x - (levels[codes.int()] * scale + zero))
-        order = missed.abs().argsort(dim=-1, descending=True, stable=True)  # first of equals
-        channel = order[..., : outliers(order.shape[-1])]
+        channel = largest(missed.abs(), outliers(missed.shape[-1]))
         missed = missed.gather(-1, channel)
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         return {f"{name}_packed": pack(codes, bits),
@@ -175,7 +174,7 @@ class NuqCache(Cache):
         bits = self.config.k_bits if name == "k" else self.config.v_bits
         codes = unpack(packed[:, heads], bits).int()
         x = tokenwise(getattr(self, f"{name}_levels")[codes] * scale + zero)
-        channel = channel.long() - heads.indices(self.n_kv_heads)[0] * self.head_dim
+        channel = channel.long() - (heads.start or 0) * self.head_dim
         ours = (channel >= 0) & (channel < x.shape[-1])  # and not of other heads
         x = x.scatter_add(-1, torch.where(ours, channel, 0), torch.where(ours, outlier.float(), 0))
         return x[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
