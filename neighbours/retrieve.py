@@ -6,11 +6,14 @@ largest number of a channel in a group, so q . k <= sum_d max(q_d min_d, q_d max
 reads the pages with the largest bounds, all that is exact, and where no sinks are exact the first
 page. Nothing is dropped, so a later query may read what an earlier one did not need.
 
+With by=loud a page counts by its best key: of boosted channels by its codes, of the others by the
+middle of their range. Bounds say little of channels that RoPE turns around within a group.
+
 Quest (arXiv 2406.10774) keeps such bounds beside a full-precision cache; KIVI has them already.
 As published: the bound, and a fixed number of tokens a step. Not: its pages are 16 tokens, and its
 first two layers read everything. With by=mean a page counts by its mean key, as a block does in
 ReKV (arXiv 2503.00540); the middle of a channel's range stands for the mean. Not of ReKV: one
-choice for all heads and a whole answer, new positions, and blocks on the host (`state` is there).
+choice for all heads and a whole answer, new positions, blocks on the host (`state` is there).
 
     --kv kivi2:read=2048, kivi2+:read=4096,by=mean
 """
@@ -22,8 +25,8 @@ import torch
 from torch.nn import functional as F
 
 from fused.attention import (
-    NEVER, attention, first, joined, middle, packed_scores, product, query_rows, slot_tokens,
-    softmax_of_blocks, softmax_of_window, stored, tokens_of,
+    NEVER, attention, first, joined, middle, numbers, packed_scores, product, query_rows,
+    slot_tokens, softmax_of_blocks, softmax_of_window, stored, tokens_of,
 )
 from kivi import KiviCache
 from quantize import KVConfig, dequantize_groups, take
@@ -35,7 +38,7 @@ FAR = 2**30  # the token where a page begins that is not there
 @dataclass(frozen=True)
 class ReadConfig(KVConfig):
     read: int = 2048  # quantized tokens that a step reads
-    by: str = "bound"  # or "mean": what a page counts by
+    by: str = "bound"  # or "mean", "loud": what a page counts by
 
     @property
     def page(self):
@@ -45,25 +48,46 @@ class ReadConfig(KVConfig):
         super().check(head_dim)
         if self.read < self.page or self.read % self.page:
             raise ValueError(f"read must be a multiple of {self.page} tokens, got {self.read}")
-        if self.by not in ("bound", "mean"):
-            raise ValueError(f"by must be bound or mean, got {self.by!r}")
+        if self.by not in ("bound", "mean", "loud"):
+            raise ValueError(f"by must be bound, mean or loud, got {self.by!r}")
+        if self.by == "loud" and not self.boost:
+            raise ValueError("by=loud needs boosted channels: use kivi2+, or by=bound")
 
     def make(self, *shape, **kind):
         return RetrieveCache(*shape, **vars(self), **kind)
 
 
 def bounds(cache, rows, n_pages):
-    """The most that a key of each of the first pages can score (or its middle key does), of all
-    queries of a KV head: rows [B, Hk, M, D] -> [B, Hk, pages]."""
+    """The most that a key of each of the first pages can score, of all queries of a KV head, or
+    what `by` has in its place: rows [B, Hk, M, D] -> [B, Hk, pages]."""
     c, D, groups = cache.config, cache.head_dim, cache.page // cache.config.group_size
     scale, zero = (first(x, n_pages, groups).flatten(2, 4).to(rows.dtype)  # [B, Hk, groups, D]
                    for x in (cache.k_scale, cache.k_zero))
     if c.boost:
         rows = stored(rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows)))
     half = middle(c.k_bits, c.boosted(D), D, rows.device)  # of the range of a channel's codes
+    if cache.by == "loud" and rows.dtype == torch.float16:  # its `numbers` are from 0 on
+        loudest = torch.arange(D, device=rows.device) < c.boosted(D)
+        half = half - torch.where(loudest, (2**c.k_bits - 1) / 2, 0)
     reach = (2 * rows.clamp(min=0) if cache.by == "bound" else rows) * half
     scores = product((rows, zero, 1.0), (reach.to(rows.dtype), scale, 1.0))
-    return scores.unflatten(-1, (n_pages, groups)).amax((2, 4))
+    scores = scores.unflatten(-1, (n_pages, groups))
+    if cache.by == "loud":
+        scores = scores + of_loudest(cache, rows, n_pages)
+    return scores.amax((2, 4))
+
+
+def of_loudest(cache, rows, n_pages):
+    """The most that codes of boosted channels add to the score of a key of each group: rows in the
+    order of columns [B, Hk, M, D] -> [B, Hk, M, pages, groups]."""
+    c, P = cache.config, 8 // cache.config.k_bits
+    n, U = c.boosted(cache.head_dim), cache.page // (P * c.group_size)
+    packed = first(cache.k_packed, n_pages, U)[..., :n]  # [B, Hk, pages, U, G, n], high halves
+    scale = first(cache.k_scale, n_pages, U, P)[..., :n]  # [B, Hk, pages, U, P, 1, n]
+    rows = rows[:, :, None, None, :, :n]
+    most = [product((rows * scale[:, :, :, :, a], codes, factor)).amax(-1)  # [B, Hk, pages, U, M]
+            for a, (codes, factor) in enumerate(numbers(packed, c.k_bits, rows.dtype))]
+    return torch.stack(most, -1).permute(0, 1, 4, 2, 3, 5).flatten(4)
 
 
 def pages_of(cache, rows, pos, n_pages):
@@ -129,10 +153,8 @@ def fused_attention(cache, q, pos, starts):
 
 
 class RetrieveCache(KiviCache):
-    """A KiviCache that reads `read` quantized tokens a step, see ReadConfig.
-
-    `extend` and a prompt behind a past read everything.
-    """
+    """A KiviCache that reads `read` quantized tokens a step, see ReadConfig. `extend` and a prompt
+    behind a past read everything."""
 
     fused = staticmethod(fused_attention)
 
@@ -154,8 +176,8 @@ class RetrieveCache(KiviCache):
         n_pages = min(len(t), self.capacity) // self.page
         pages, newest = pages_of(self, rows, pos, n_pages)
         k, v = (self.from_pages(name, pages, n_pages) for name in "kv")  # [B, Hk, tokens, D]
-        held = tokens_of(torch.where(pages < 0, FAR, pages * self.page), self.page)
-        held = held.flatten(2)  # [B, Hk, tokens]
+        begin = torch.where(pages < 0, FAR, pages * self.page)
+        held = tokens_of(begin, self.page).flatten(2)  # [B, Hk, tokens]
         recent = slot_tokens(c, pos)  # [B, slots]
         block = (pos // c.residual * c.residual)[:, None]
         exact = ((recent >= block) | (recent < c.sink))[:, None, :, None]
@@ -170,21 +192,21 @@ class RetrieveCache(KiviCache):
 
     def from_pages(self, name, pages, n_pages):
         """code * scale + zero of the tokens of these pages, float32 [B, Hk, tokens, D]."""
-        bits, *parts = self.parts(name)
         parts = (gathered(pages[..., None], n_pages, x, 0, x.shape[2] * self.page // self.capacity)
-                 .flatten(2, 3) for x in parts)
+                 .flatten(2, 3) for x in self.parts(name)[1:])
         order = self.order() if name == "k" else None
         return dequantize_groups(*parts, self.config, name, order)
 
     def traffic(self, length):
-        """Bytes that attention reads: of every group the scales and zeros of K, then the pages."""
-        c, D = self.config, self.head_dim
-        seen = min(length, self.n_chosen * self.page + c.residual)
-        k_bits = (D + c.boosted(D)) * c.k_bits + D // c.group_size * 8 * 2 * self.k_scale.itemsize
-        v_bits = D * c.v_bits + D // c.value_group(D) * 8 * 2 * self.k_scale.itemsize
-        bounds = 0 if self.reads_all else length // c.group_size * 2 * D * self.k_scale.itemsize
-        window = 2 * (c.residual + 1 + c.sink) * D * self.dtype.itemsize
-        return self.n_kv_heads * (seen * (k_bits + v_bits) // 8 + bounds + window)
+        """Bytes that attention reads: window and pages, and what pages are chosen by."""
+        size = {name: x.nbytes // self.batch for name, x in self.contents().items()}
+        seen = min(length, self.n_chosen * self.page + self.config.residual)
+        read = seen * sum(size[a + b] for a in "kv" for b in ("_packed", "_scale", "_zero"))
+        if not self.reads_all:
+            read += length * (size["k_scale"] + size["k_zero"])
+            n = self.config.boosted(self.head_dim) if self.by == "loud" else 0
+            read += length * size["k_packed"] * n // (self.head_dim + n)
+        return size["k_window"] + size["v_window"] + read // self.capacity
 
 
 def configs(preset, argument, model):

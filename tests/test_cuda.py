@@ -22,9 +22,11 @@ from fused.attention import compiled_attention
 from fused.drafts import drafted, fused_drafted, leaving
 from fused.full import compiled_full_attention
 from fused.linear_launches import compiled_weights
-from fused.step import compiled_quantizer, compiled_step
+from fused.step import EXACT, compiled_quantizer, compiled_step
 from kivi import FullCache, KiviCache
 from model import OTHERS, ModelConfig, Transformer
+from neighbours.nuq import NuqConfig
+from neighbours.tiers import TierConfig
 from program.memory import needs
 from study.models import random_model
 
@@ -144,7 +146,8 @@ def test_attention_of_drafts_over_a_full_cache(fresh_compiler):
 
 
 @pytest.mark.parametrize("kv", ("kivi2:read=256", "kivi2+:read=256,by=mean", "kivi2-:read=512",
-                                "tiers", "tiers:lag=32", "h2o:slots=300"))
+                                "kivi2:read=768", "kivi2+:read=768,by=loud", "tiers",
+                                "tiers:lag=32", "h2o:slots=300"))
 @torch.no_grad()
 def test_attention_of_neighbours_is_the_plain_one(kv, fresh_compiler):
     """Compiled as a decode step compiles it, bfloat16, rows of unequal lengths. Guards against
@@ -162,6 +165,34 @@ def test_attention_of_neighbours_is_the_plain_one(kv, fresh_compiler):
     plain = cache.attention(*args)
     step = compiled_step(SimpleNamespace(weights=None, parallel=False), DEVICE)
     assert rel(step.attend(cache, *args), plain) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ("tiers", "nuq"))
+@torch.no_grad()
+def test_neighbours_of_many_rows_are_written_as_plainly(name, fresh_compiler):
+    """32 rows of 3 KV heads. Guards against a sort: Inductor compiles it at some shapes alone."""
+    tables = {"k_zero": torch.zeros(3, 1, 64), "k_scale": torch.full((3, 1, 64), 3.0),
+              "k_levels": torch.linspace(-1, 1, 8), "v_levels": torch.linspace(-1, 1, 8),
+              "freq": torch.linspace(1, 0.01, 32)}
+    config = TierConfig() if name == "tiers" else NuqConfig(3, 3, tables=tables)
+    shape = {"sliding": None, "dtype": torch.float32, "device": DEVICE}
+    plain, compiled = (config.make(32, 3, 512, 64, **shape) for _ in range(2))
+    pos = torch.full((32,), 256, device=DEVICE)
+    new = [randn(32, 3, 1, 64, seed=seed).to(DEVICE) for seed in (1, 2)]
+    for cache in (plain, compiled):
+        for i, (part, x) in enumerate(cache.named_buffers()):
+            if part.endswith("window"):
+                x.copy_(randn(*x.shape, seed=i).abs() + 0.01)
+
+    def write(cache):
+        cache.write(*new, pos[:, None])
+        cache.quantize_keys(pos)
+
+    write(plain)
+    torch.compile(write, fullgraph=True, options=EXACT)(compiled)
+    for part, x in plain.named_buffers():
+        assert (x == compiled.get_buffer(part)).float().mean() >= 0.999
+        assert x.count_nonzero() or "packed" not in part
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -18,6 +18,7 @@ CASES = {  # preset, tokens to read, and what differs
     "kivi2+": ("kivi2+", 256, {}),
     "pages of 256": ("kivi2-", 512, {}),
     "K 4 V 2": ("k4v2", 384, {"by": "mean"}),
+    "by the loudest channels": ("kivi2+", 512, {"by": "loud"}),
     "window of 96": ("kivi2", 256, {"residual": 96}),  # is no whole number of pages
     "window of 256": ("kivi4", 256, {"residual": 256}),
     "sliding": ("kivi2", 256, {"sliding": 900}),
@@ -148,6 +149,26 @@ def test_whole_blocks_lie_in_the_buffers(residual, max_len):
             assert before + in_row <= x.untyped_storage().nbytes() // x.itemsize
 
 
+@pytest.mark.parametrize("preset", ("kivi2+", "kivi2-"))
+def test_loud_channels_count_by_their_codes(preset):
+    """And the others by the middle of their range. Guards against scales, an order and a middle of
+    other channels, and against the half of a boosted code that is not read."""
+    config = ReadConfig(**vars(PRESETS[preset]), read=512, by="loud")
+    cache = config.make(1, 2, 1700, 64, sliding=None, dtype=torch.float32, device="cpu")
+    cache.prefill(keys_like(1, 2, T, 64, seed=4), randn(1, 2, T, 64, seed=5))
+    rows, n = randn(1, 2, 3, 64, seed=6), 1536 // cache.page - 1
+    keys = cache.from_codes("k", T, slice(None), slice(None))[:, :, : n * cache.page]
+    groups = keys.unflatten(2, (-1, config.group_size))
+    highest, lowest = groups.amax(3, keepdim=True), groups.amin(3, keepdim=True)
+    loud = torch.zeros(1, 2, 64).scatter(2, cache.k_order[..., :16].long(), 1)[:, :, None, None]
+    read = torch.where(loud > 0, groups, (highest + lowest) / 2).flatten(2, 3)
+    want = (rows @ read.mT).amax(2).unflatten(-1, (n, cache.page)).amax(-1)
+    # Half of a step of the codes that are read: their range is 15 of the fine ones, a step 4.
+    missed = (rows.abs().amax(2)[:, :, None, None] * (highest - lowest) * loud * 2 / 15).sum(-1)
+    most, bound = bounds(cache, rows, n), missed.flatten(2).unflatten(-1, (n, -1)).amax(-1)
+    assert ((most - want).abs() <= bound).all() and (most - want).abs().mean() < want.std() / 3
+
+
 def test_what_it_holds_is_kivis():
     """The bytes, and attention of many tokens at once, which reads everything."""
     cache, q = filled()
@@ -198,7 +219,8 @@ def test_from_the_command_line():
     ("kivi2:read=x", "use read=TOKENS"),
     ("kivi2:", "use read=TOKENS"),
     ("kivi2:write=128", "use read=TOKENS"),
-    ("kivi2:read=128,by=luck", "by must be bound or mean, got 'luck'"),
+    ("kivi2:read=128,by=luck", "by must be bound, mean or loud, got 'luck'"),
+    ("kivi2:read=128,by=loud", "use kivi2\\+, or by=bound"),
     ("kivi3:read=128", "unknown kv 'kivi3:read=128'"),
 ))
 def test_refusals(kv, message):
