@@ -32,10 +32,11 @@ class TierConfig(KVConfig):
     """What the tiers store; k_bits and v_bits are those of the `lo` tier."""
 
     sink: int = 4
+    boost: float = 0.25  # of key channels in the `lo` tier, see KVConfig
+    v_group_size: int = 64
     hi: int = 4  # bits of K and V in the `hi` tier
     share: float = 0.25  # of R tokens in the `hi` tier, rounded to whole groups
     mean: int = 1  # rank tokens by attention a query that could see them; 0: by the sum
-    shrink: float = 0.8  # share of a group's range that codes of the `lo` tier cover
     lag: int = 0  # newest tokens that never have codes
     every: int = 1  # one in so many of a prompt's queries counts, see neighbours/observed.py
     observes = True  # no field: a cache of it has `observe`
@@ -55,12 +56,10 @@ class TierConfig(KVConfig):
         super().check(head_dim)
         (hi, lo), G, low = self.sizes, self.group_size, max(self.k_bits, self.v_bits)
         for wrong, message in (
-            (self.boost, "tiers have no boosted channels: leave out boost"),
             (not low < self.hi in BITS, f"hi must be 4 or 8 bits, above {low}, got {self.hi}"),
             (min(hi, lo) < G, f"share {self.share} of residual {hi + lo} leaves a tier without a "
                               f"group of {G} tokens: use another share, or a larger residual"),
             (self.sink > lo, f"sink must be at most {lo} tokens here, got {self.sink}"),
-            (not 0 < self.shrink <= 1, f"shrink must be above 0, at most 1, got {self.shrink}"),
             (self.lag < 0 or self.every < 1, "lag must be 0 or more, every 1 or more"),
         ):
             if wrong:
@@ -72,7 +71,8 @@ class TierConfig(KVConfig):
     def stored_bits(self, head_dim):
         """Bits of a number, codes and all that goes with them, K and V averaged."""
         hi, lo = self.sizes
-        codes = (hi * self.hi + lo * (self.k_bits + self.v_bits) / 2) / self.residual
+        k_bits = self.k_bits * (1 + self.boosted(head_dim) / head_dim)
+        codes = (hi * self.hi + lo * (k_bits + self.v_bits) / 2) / self.residual
         return codes + 16 / self.group_size + 16 / self.value_group(head_dim)
 
 
@@ -91,16 +91,16 @@ class TierCache(ObservedCache):
         super().__init__(batch, n_kv_heads, max_len, head_dim, block, dtype, device,
                          sink=c.sink, newest=R + c.lag + 1)
         self.config, self.capacity = c, c.capacity(max_len)
-        low = KVConfig(c.k_bits, c.v_bits, G, G, c.sink, v_group_size=c.v_group_size)
-        high = replace(low, k_bits=c.hi, v_bits=c.hi, sink=0)
+        low = KVConfig(c.k_bits, c.v_bits, G, G, c.sink, c.boost, c.v_group_size)
+        high = replace(low, k_bits=c.hi, v_bits=c.hi, sink=0, boost=0)
         self.tiers = nn.ModuleList(
             Tier(batch, n_kv_heads, max_len // R * size, head_dim, block * size // R, dtype, device,
-                 config=tier, size=size, shrink=shrink)
-            for tier, size, shrink in zip((high, low), c.sizes, (1, c.shrink)))
+                 config=tier, size=size)
+            for tier, size in zip((high, low), c.sizes))
 
     def used(self, name, length):
         n = self.get_buffer(name).shape[2]
-        if "." not in name:
+        if "." not in name or name.endswith("order"):
             return n
         tier = self.tiers[int(name.split(".")[1])]
         return n * tier.config.capacity(length // self.config.residual * tier.size) // tier.capacity
@@ -109,7 +109,8 @@ class TierCache(ObservedCache):
         blocks, item = max(0, self.coded(length - 1)), self.k_window.itemsize
         exact = length - blocks * self.config.residual + self.config.sink * (blocks > 0)
         packed = sum(x.nbytes // (self.batch * tier.capacity) * tier.size * blocks
-                     for tier in self.tiers for x in tier.buffers())
+                     for tier in self.tiers
+                     for name, x in tier.named_buffers() if name != "k_order")
         return packed + 2 * self.n_kv_heads * exact * self.head_dim * item
 
     def coded(self, pos):
@@ -203,4 +204,4 @@ def tiers(argument, model, **preset):
     return [TierConfig(**preset)] * model.config.n_layers
 
 
-mikv = partial(tiers, hi=8, mean=0, sink=0, shrink=1.0)
+mikv = partial(tiers, hi=8, mean=0, sink=0, boost=0, v_group_size=0)
