@@ -2,13 +2,14 @@
 
 When R tokens leave the window, those that got the most attention go to the `hi` tier (4 bits), the
 others to the `lo` tier (2 bits), both in KIVI's layout: K per channel in groups of G tokens of one
-tier, V per token. Exact are the first S tokens, and all from the last multiple of R on, as it was
-`lag` tokens ago. Shapes never depend on the data: of R tokens a tier gets as many every time.
+tier, V per token. The loudest key channels of the `lo` tier have twice its bits. Exact are the
+first S tokens, and all from the last multiple of R on, as it was `lag` tokens ago. Shapes never
+depend on the data: of R tokens a tier gets as many every time.
 
 ZipCache (arXiv 2405.14256), `tiers`. As published: ranks by the mean attention of the queries that
-    could see a token. Not: KIVI's axes, 25 % in 4 bits and not 60 %, exact sinks and a clamped `lo`
-    tier measured better; all queries count, not a tenth (see `every`); codes are final, or they
-    would drift.
+    could see a token. Not: KIVI's axes, 25 % in 4 bits and not 60 %, exact sinks and boosted keys
+    measured better; all queries count, not a tenth (see `every`); codes are final, or they would
+    drift.
 MiKV (2402.18096), `mikv`. As published: summed attention, 8 and 2 bits. Not: KIVI's axes leave its
     balancer of key channels nothing to do; no token moves down later.
 ZipVL (2410.08584), `zipvl:FILE` in fit.py. As published: a share for each layer. Not: it comes from
@@ -29,10 +30,10 @@ from quantize import BITS, KVConfig, slices, take
 
 @dataclass(frozen=True)
 class TierConfig(KVConfig):
-    """What the tiers store; k_bits and v_bits are those of the `lo` tier."""
+    """What the tiers store; k_bits, v_bits and boost are those of the `lo` tier."""
 
     sink: int = 4
-    boost: float = 0.25  # of key channels in the `lo` tier, see KVConfig
+    boost: float = 0.25
     v_group_size: int = 64
     hi: int = 4  # bits of K and V in the `hi` tier
     share: float = 0.25  # of R tokens in the `hi` tier, rounded to whole groups
