@@ -343,8 +343,8 @@ class KiviCache(Cache):
 
     def choose(self, groups, chosen, rows=slice(None)):
         """Sets k_order of the `chosen` rows [B] by their first keys [B, Hk, groups, G, D]."""
-        order, old = channel_order(groups), self.k_order[rows]
-        self.k_order[rows] = torch.where(chosen[:, None, None], order, old)
+        old = self.k_order[rows]
+        self.k_order[rows] = torch.where(chosen[:, None, None], channel_order(groups).short(), old)
 
     def order(self, rows=slice(None)):
         """k_order [B, Hk, 1, D] for all groups of these rows, None if no channel is boosted."""

@@ -27,26 +27,28 @@ class Tier(Buffers):
     config  a KVConfig: bits, groups, and how many first tokens are sinks, read elsewhere
     size    tokens that come at a time, whole groups
     block   tokens that attention reads at a time, whole stacks
-    shrink  share of a group's range that its codes cover, the middle of it
+
+    Boosted are the channels that are loudest in a row's first `size` tokens, sinks left out.
     """
 
     sliding = None
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, block, dtype, device,
-                 config, size, shrink):
+                 config, size):
         super().__init__(batch, n_kv_heads, max(1, max_len), head_dim, dtype, device)
         self.rows = self.pos = None  # those of the cache serve
-        self.config, self.size, self.shrink, self.block = config, size, shrink, block
+        self.config, self.size, self.block = config, size, block
         self.capacity = config.capacity(max_len)
         G, D, Gv = config.group_size, head_dim, config.value_group(head_dim)
         n_groups, spare = self.capacity // G, -self.capacity % block // G
         metadata = dtype if dtype == torch.float32 else torch.float16
-        for name, bits, codes, scale in (("k", config.k_bits, (G, D), (1, D)),
+        for name, bits, codes, scale in (("k", config.k_bits, (G, D + config.boosted(D)), (1, D)),
                                          ("v", config.v_bits, (D, G), (D // Gv, G))):
             shape = (batch, n_kv_heads, n_groups * bits // 8, *codes)
             self.add(f"{name}_packed", shape, torch.uint8, spare * bits // 8)
             for part in ("scale", "zero"):
                 self.add(f"{name}_{part}", (batch, n_kv_heads, n_groups, *scale), metadata, spare)
+        self.add("k_order", (batch, n_kv_heads, D if config.boost else 0), torch.int16)
 
     def put(self, k, v, number, chosen, rows):
         """Quantizes tokens k, v [b, Hk, n size, D] into these rows [b], where `chosen` [b, n]. They
@@ -54,19 +56,13 @@ class Tier(Buffers):
         c, G, n = self.config, self.config.group_size, self.size // self.config.group_size
         group = (number[..., None] * n + torch.arange(n, device=k.device)).flatten(1)
         place = (group[..., None] * G + torch.arange(G, device=k.device)).flatten(1)
-        k = take(k, c.grouped_as(place) - place[:, :1])
-        keys = self.shrunk(k.unflatten(2, (-1, G)), 3)
-        values = self.shrunk(v.unflatten(3, (-1, c.value_group(v.shape[3]))), 4).flatten(3)
-        values = [x.unflatten(2, (-1, G)).mT for x in value_codes(values, c)]
+        keys = take(k, c.grouped_as(place) - place[:, :1]).unflatten(2, (-1, G))
+        if c.boost:
+            self.choose(keys[:, :, :n], (chosen & (number == 0))[:, 0], rows)
+        values = [x.unflatten(2, (-1, G)).mT for x in value_codes(v, c)]
         chosen = chosen.repeat_interleave(n, 1)
-        self.store("k", c.k_bits, group, chosen, rows, key_codes(keys, c))
+        self.store("k", c.k_bits, group, chosen, rows, key_codes(keys, c, self.order(rows)))
         self.store("v", c.v_bits, group, chosen, rows, values)
-
-    def shrunk(self, x, dim):
-        """x, clamped to the middle `shrink` of the range that it has along `dim`."""
-        low, high = x.amin(dim, keepdim=True).float(), x.amax(dim, keepdim=True).float()
-        cut = (high - low) * ((1 - self.shrink) / 2)
-        return x.clamp((low + cut).to(x.dtype), (high - cut).to(x.dtype))
 
     def store(self, name, bits, group, chosen, rows, new):
         """Stores codes, scale and zero [b, Hk, n, ..] of groups [b, n] into rows [b]."""
@@ -83,3 +79,4 @@ class Tier(Buffers):
                 buffer[place] = torch.where(ok, y.to(old.dtype), old)
 
     parts, from_codes = KiviCache.parts, KiviCache.from_codes
+    choose, order = KiviCache.choose, KiviCache.order

@@ -2,13 +2,14 @@
 
 When R tokens leave the window, those that got the most attention go to the `hi` tier (4 bits), the
 others to the `lo` tier (2 bits), both in KIVI's layout: K per channel in groups of G tokens of one
-tier, V per token. Exact are the first S tokens, and all from the last multiple of R on, as it was
-`lag` tokens ago. Shapes never depend on the data: of R tokens a tier gets as many every time.
+tier, V per token. The loudest key channels of the `lo` tier have twice its bits. Exact are the
+first S tokens, and all from the last multiple of R on, as it was `lag` tokens ago. Shapes never
+depend on the data: of R tokens a tier gets as many every time.
 
 ZipCache (arXiv 2405.14256), `tiers`. As published: ranks by the mean attention of the queries that
-    could see a token. Not: KIVI's axes, 25 % in 4 bits and not 60 %, exact sinks and a clamped `lo`
-    tier measured better; all queries count, not a tenth (see `every`); codes are final, or they
-    would drift.
+    could see a token. Not: KIVI's axes, 25 % in 4 bits and not 60 %, exact sinks and boosted keys
+    measured better; all queries count, not a tenth (see `every`); codes are final, or they would
+    drift.
 MiKV (2402.18096), `mikv`. As published: summed attention, 8 and 2 bits. Not: KIVI's axes leave its
     balancer of key channels nothing to do; no token moves down later.
 ZipVL (2410.08584), `zipvl:FILE` in fit.py. As published: a share for each layer. Not: it comes from
@@ -29,13 +30,14 @@ from quantize import BITS, KVConfig, slices, take
 
 @dataclass(frozen=True)
 class TierConfig(KVConfig):
-    """What the tiers store; k_bits and v_bits are those of the `lo` tier."""
+    """What the tiers store; k_bits, v_bits and boost are those of the `lo` tier."""
 
     sink: int = 4
+    boost: float = 0.25
+    v_group_size: int = 64
     hi: int = 4  # bits of K and V in the `hi` tier
     share: float = 0.25  # of R tokens in the `hi` tier, rounded to whole groups
     mean: int = 1  # rank tokens by attention a query that could see them; 0: by the sum
-    shrink: float = 0.8  # share of a group's range that codes of the `lo` tier cover
     lag: int = 0  # newest tokens that never have codes
     every: int = 1  # one in so many of a prompt's queries counts, see neighbours/observed.py
     observes = True  # no field: a cache of it has `observe`
@@ -55,12 +57,10 @@ class TierConfig(KVConfig):
         super().check(head_dim)
         (hi, lo), G, low = self.sizes, self.group_size, max(self.k_bits, self.v_bits)
         for wrong, message in (
-            (self.boost, "tiers have no boosted channels: leave out boost"),
             (not low < self.hi in BITS, f"hi must be 4 or 8 bits, above {low}, got {self.hi}"),
             (min(hi, lo) < G, f"share {self.share} of residual {hi + lo} leaves a tier without a "
                               f"group of {G} tokens: use another share, or a larger residual"),
             (self.sink > lo, f"sink must be at most {lo} tokens here, got {self.sink}"),
-            (not 0 < self.shrink <= 1, f"shrink must be above 0, at most 1, got {self.shrink}"),
             (self.lag < 0 or self.every < 1, "lag must be 0 or more, every 1 or more"),
         ):
             if wrong:
@@ -72,7 +72,8 @@ class TierConfig(KVConfig):
     def stored_bits(self, head_dim):
         """Bits of a number, codes and all that goes with them, K and V averaged."""
         hi, lo = self.sizes
-        codes = (hi * self.hi + lo * (self.k_bits + self.v_bits) / 2) / self.residual
+        k_bits = self.k_bits * (1 + self.boosted(head_dim) / head_dim)
+        codes = (hi * self.hi + lo * (k_bits + self.v_bits) / 2) / self.residual
         return codes + 16 / self.group_size + 16 / self.value_group(head_dim)
 
 
@@ -91,16 +92,16 @@ class TierCache(ObservedCache):
         super().__init__(batch, n_kv_heads, max_len, head_dim, block, dtype, device,
                          sink=c.sink, newest=R + c.lag + 1)
         self.config, self.capacity = c, c.capacity(max_len)
-        low = KVConfig(c.k_bits, c.v_bits, G, G, c.sink, v_group_size=c.v_group_size)
-        high = replace(low, k_bits=c.hi, v_bits=c.hi, sink=0)
+        low = KVConfig(c.k_bits, c.v_bits, G, G, c.sink, c.boost, c.v_group_size)
+        high = replace(low, k_bits=c.hi, v_bits=c.hi, sink=0, boost=0)
         self.tiers = nn.ModuleList(
             Tier(batch, n_kv_heads, max_len // R * size, head_dim, block * size // R, dtype, device,
-                 config=tier, size=size, shrink=shrink)
-            for tier, size, shrink in zip((high, low), c.sizes, (1, c.shrink)))
+                 config=tier, size=size)
+            for tier, size in zip((high, low), c.sizes))
 
     def used(self, name, length):
         n = self.get_buffer(name).shape[2]
-        if "." not in name:
+        if "." not in name or name.endswith("order"):
             return n
         tier = self.tiers[int(name.split(".")[1])]
         return n * tier.config.capacity(length // self.config.residual * tier.size) // tier.capacity
@@ -109,7 +110,8 @@ class TierCache(ObservedCache):
         blocks, item = max(0, self.coded(length - 1)), self.k_window.itemsize
         exact = length - blocks * self.config.residual + self.config.sink * (blocks > 0)
         packed = sum(x.nbytes // (self.batch * tier.capacity) * tier.size * blocks
-                     for tier in self.tiers for x in tier.buffers())
+                     for tier in self.tiers
+                     for name, x in tier.named_buffers() if name != "k_order")
         return packed + 2 * self.n_kv_heads * exact * self.head_dim * item
 
     def coded(self, pos):
@@ -203,4 +205,4 @@ def tiers(argument, model, **preset):
     return [TierConfig(**preset)] * model.config.n_layers
 
 
-mikv = partial(tiers, hi=8, mean=0, sink=0, shrink=1.0)
+mikv = partial(tiers, hi=8, mean=0, sink=0, boost=0, v_group_size=0)

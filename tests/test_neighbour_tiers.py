@@ -11,9 +11,11 @@ from model import OTHERS
 from neighbours import fit, fitted, observed
 from neighbours.evict import EvictConfig
 from neighbours.observed import column_sums
+from neighbours.packed import Tier
 from neighbours.tiers import TierCache, TierConfig
 from reference_cache import (
-    DTYPES, HALF_EPS, attention64, ends, fake_quantized, keys_like, randn, rel)
+    DTYPES, HALF_EPS, attention64, boosted_channels, fake_quantized, keys_like, loudest_first,
+    randn, rel)
 
 
 # ---- column sums of attention -------------------------------------------------------------------
@@ -63,10 +65,10 @@ def test_column_sums_of_some_queries_estimate_those_of_all():
 
 # ---- the tiers, token by token ------------------------------------------------------------------
 
-SMALL = TierConfig(group_size=8, residual=32)
+SMALL = TierConfig(group_size=8, residual=32, boost=8, v_group_size=8)
 CONFIGS = {
     "zipcache": SMALL,
-    "mikv": replace(SMALL, hi=8, mean=0, sink=0, shrink=1.0),
+    "mikv": replace(SMALL, hi=8, mean=0, sink=0, boost=0),
     "lag": replace(SMALL, share=0.5, lag=5, sink=9, v_group_size=16),
     "K 4 V 2": replace(SMALL, k_bits=4, hi=8),
 }
@@ -81,6 +83,7 @@ class Row:
         self.k = self.v = torch.zeros(HEADS, 0, D)
         self.sums = torch.zeros(HEADS, 0, dtype=torch.float64)
         self.read = {}  # (head, key block): {token: (k, v)}
+        self.loud = {}  # head: the boosted channels of its `lo` tier
 
     def extend(self, q, k, v):
         """Queries q [H, n, D], tokens k, v [HEADS, n, D] -> [H, n, D]; all see the same codes."""
@@ -125,27 +128,29 @@ class Row:
         rank = {t: self.sums[head, t].item() / (counted - t if c.mean else 1) for t in tokens}
         best = sorted(tokens, key=lambda t: -rank[t])[: round(c.share * R)]
         rest = [t for t in range(block * R, block * R + R) if t not in best]
-        return self.coded(head, sorted(best), c.hi, c.hi, 1) | self.coded(
-            head, rest, c.k_bits, c.v_bits, c.shrink)
+        if block == 0:
+            self.loud[head] = loudest(c, self.k[head], rest)[: boosted_channels(c.boost, D)]
+        return self.coded(head, sorted(best), c.hi, c.hi, []) | self.coded(
+            head, rest, c.k_bits, c.v_bits, self.loud[head])
 
-    def coded(self, head, tokens, k_bits, v_bits, shrink):
-        """{token: (k, v)} as read from one tier."""
+    def coded(self, head, tokens, k_bits, v_bits, loud):
+        """{token: (k, v)} as read from one tier, the `loud` channels of k in twice the bits."""
         out, Gv = {}, self.c.value_group(D)
         for group in torch.tensor(tokens).split(self.c.group_size):
             counts = group >= self.c.sink
             if counts.any():
-                keys = clamped(self.k[head, group].mT, shrink, counts)
-                keys = fake_quantized(keys, k_bits, counts).mT
-                values = clamped(self.v[head, group].unflatten(1, (-1, Gv)), shrink)
+                keys, fine = (fake_quantized(self.k[head, group].mT, bits, counts).mT
+                              for bits in (k_bits, 2 * k_bits))
+                keys[:, loud] = fine[:, loud]
+                values = self.v[head, group].unflatten(1, (-1, Gv))
                 values = fake_quantized(values, v_bits).flatten(1)
                 out |= {int(t): (keys[i], values[i]) for i, t in enumerate(group) if counts[i]}
         return out
 
 
-def clamped(x, shrink, counts=None):
-    low, high = ends(x, counts)
-    cut = (high - low) * (1 - shrink) / 2
-    return x.clamp(low + cut, high - cut)
+def loudest(c, k, tokens):
+    """The channels of k [T, D] by the widest group of these tokens, the first of them sinks."""
+    return loudest_first(k[None, tokens], c.group_size, len(tokens), c.sink)[0]
 
 
 def tokens_of(batch, n, dtype=torch.float32):
@@ -183,8 +188,8 @@ def fused(cache, q):
 def test_attention_is_that_of_the_definition(name):
     """Rows of unequal lengths, prompts, steps, and prompts behind them; plain and fused. Guards
     against a wrong measure, tokens that are lost, twice or of another row, sinks that stretch a
-    group or count twice, wrong axes, fields and blocks, and sums that stop where decoding starts.
-    """
+    group or count twice, wrong axes, channels, fields and blocks, and sums that stop where decoding
+    starts."""
     lengths, parts = [75, 34, 1], tokens_of(3, 300)
     cache, rows = make(CONFIGS[name], 3), [Row(CONFIGS[name]) for _ in range(3)]
     for new in (lengths, [20, 90, 3]):
@@ -243,6 +248,34 @@ def test_every_token_is_in_one_place_and_the_best_are_in_the_hi_tier(share, monk
         loud = [t for t in tokens if t in range(40, 60, 2)]
         wanted += sorted((loud + [t for t in tokens if t not in loud])[:n])
     assert hi == wanted and sorted(hi + lo)[4:] == [*range(4, 128)]
+
+
+def check_boosted_channels():
+    """Queries of 0 pay all tokens the same, so of the first 32 those behind the sinks have the
+    largest means, and the others are in the `lo` tier."""
+    q, k, v = tokens_of(3, 200)
+    k[:, :, :4, 0], k[:, :, 4:12, 1], k[:, :, 32:] = 1e3, 1e3, 50 * k[:, :, 32:].roll(3, 3)
+    parts, lo = (0 * q, k, v), [*range(4), *range(12, 32)]
+    wanted = torch.tensor([[loudest(SMALL, head, lo) for head in row] for row in k])
+    for prompts in ([100, 20, 1], [1, 34, 31]), ([31, 5, 0], [1, 2, 60], [50, 90, 3]):
+        cache = make(batch=3)
+        for new in prompts:
+            extend(cache, parts, new)
+        for _ in range(70):
+            step(cache, parts)
+            for order, right, n in zip(cache.tiers[1].k_order, wanted, cache.lengths):
+                assert n <= 32 or torch.equal(order.long(), right)
+
+
+def test_the_first_tokens_of_the_lo_tier_choose_its_boosted_channels(monkeypatch):
+    """However a row came to its tokens. Guards against an order of sinks, of tokens of the other
+    tier, of padding, of another row or head, and of a later block: each step would choose anew."""
+    check_boosted_channels()
+    choose = Tier.choose
+    monkeypatch.setattr(Tier, "choose", lambda tier, groups, chosen, rows:
+                        choose(tier, groups, chosen | True, rows))
+    with pytest.raises(AssertionError):
+        check_boosted_channels()
 
 
 def test_a_step_may_run_twice():
@@ -368,7 +401,9 @@ def test_a_prompt_in_parts_counts_as_one(model):
         model.setup_caches(1, 100, "tiers", group_size=8, residual=32)
         model.prefill(tokens, chunk=chunk)
         seen.append(model.cache.state()["sum_window"])
-    torch.testing.assert_close(*seen)
+        seen.append(model.cache.state()["tiers.1.k_order"])
+    torch.testing.assert_close(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3]) and seen[1].any()
 
 
 def test_the_program_takes_them_by_name(tmp_path):
@@ -417,8 +452,8 @@ def test_shares_hold_the_same_part_of_the_attention(monkeypatch):
 @pytest.mark.parametrize("kv, named", (
     ("tiers:shares=0.5", "shares"), ("tiers:share", "share"), ("tiers:share=inf", "share"),
     ("tiers:hi=2", "hi"), ("tiers:share=0.05", "share"), ("tiers:sink=97", "96"),
-    ("tiers:shrink=0", "shrink"), ("tiers:lag=-1", "lag"), ("tiers:every=0", "every"),
-    ("tiers:boost=8", "boost"),
+    ("tiers:boost=7", "boost"), ("tiers:lag=-1", "lag"), ("tiers:every=0", "every"),
+    ("tiers:v_group_size=12", "v_group_size"),
     ("zipvl:nothing", "neighbours.calibrate zipvl"), ("zipvl", "neighbours.calibrate zipvl")))
 def test_what_cannot_be_is_refused(kv, named):
     """Guards against an error of the library, or a cache that is not what was asked for."""
@@ -436,13 +471,17 @@ def test_other_refusals(model, tmp_path):
     refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "not written for zipvl")
 
 
-def test_bits_and_bytes():
-    """Guards against metadata that is not counted, and traffic of another number of tokens."""
-    config = TierConfig()
-    assert config.stored_bits(64) == 3.5 and replace(config, share=0.5).stored_bits(64) == 4.0
-    cache = config.make(2, 3, 4096, 64, dtype=torch.bfloat16)
-    stored = sum(x.numel() * x.itemsize for x in cache.tiers.buffers())
-    assert 8 * stored == 3.5 * 2 * 2 * 3 * 4096 * 64
-    coded, exact = 3 * 128, 129 + 4  # of 513 tokens: the block that ended with token 511 is exact
-    assert cache.traffic(513) == 3 * 64 * 2 * (coded * 3.5 / 8 + exact * 2)
-    assert cache.traffic(514) == 3 * 64 * 2 * (4 * 128 * 3.5 / 8 + (2 + 4) * 2)
+def test_bits_and_bytes(model):
+    """Guards against metadata or low halves that are not counted, an order of channels that is
+    counted with every token, and traffic of another number of tokens."""
+    assert OTHERS["mikv"]("", model)[0].stored_bits(64) == 4.5
+    plain = TierConfig(boost=0, v_group_size=0)
+    for config, bits, half in ((TierConfig(), 3.4375, 3.875), (plain, 3.5, 4.0)):
+        assert config.stored_bits(64) == bits and replace(config, share=0.5).stored_bits(64) == half
+        cache = config.make(2, 3, 600, 64, dtype=torch.bfloat16)
+        stored = sum(x.numel() * x.itemsize for name, x in cache.tiers.named_buffers()
+                     if not name.endswith("k_order"))
+        assert 8 * stored == bits * 2 * 2 * 3 * 512 * 64
+        coded, exact = 3 * 128, 129 + 4  # of 513 tokens: the block that token 511 ended is exact
+        assert cache.traffic(513) == 3 * 64 * 2 * (coded * bits / 8 + exact * 2)
+        assert cache.traffic(514) == 3 * 64 * 2 * (4 * 128 * bits / 8 + (2 + 4) * 2)
