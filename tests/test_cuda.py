@@ -177,7 +177,7 @@ def test_neighbours_of_many_rows_are_written_as_plainly(name, fresh_compiler):
     config = TierConfig() if name == "tiers" else NuqConfig(3, 3, tables=tables)
     shape = {"sliding": None, "dtype": torch.float32, "device": DEVICE}
     plain, compiled = (config.make(32, 3, 512, 64, **shape) for _ in range(2))
-    pos = torch.full((32,), 256, device=DEVICE)
+    pos = torch.full((32,), 128, device=DEVICE)
     new = [randn(32, 3, 1, 64, seed=seed).to(DEVICE) for seed in (1, 2)]
     for cache in (plain, compiled):
         for i, (part, x) in enumerate(cache.named_buffers()):
@@ -191,7 +191,7 @@ def test_neighbours_of_many_rows_are_written_as_plainly(name, fresh_compiler):
     write(plain)
     torch.compile(write, fullgraph=True, options=EXACT)(compiled)
     for part, x in plain.named_buffers():
-        assert (x == compiled.get_buffer(part)).float().mean() >= 0.999
+        assert (x != compiled.get_buffer(part)).sum() <= 1e-3 * x.numel()
         assert x.count_nonzero() or "packed" not in part
 
 
