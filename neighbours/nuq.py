@@ -105,9 +105,12 @@ class NuqCache(Cache):
         """Nothing: `write` has done it."""
 
     def portions(self, n):
-        # Compiled, it must not depend on n.
-        whole = torch.compiler.is_compiling()
-        return [slice(0, self.n_kv_heads)] if whole else super().portions(n)
+        if not torch.compiler.is_compiling():
+            return super().portions(n)
+        # Not by n, of which one compilation serves all. Two, as joining them makes the result one
+        # piece of memory: what CUDA's attention returns is not, and `view` needs it.
+        middle = self.n_kv_heads // 2
+        return [slice(0, middle), slice(middle, self.n_kv_heads)][middle == 0 :]
 
     def write(self, k, v, pos):
         super().write(k, v, pos)
