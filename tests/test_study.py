@@ -12,8 +12,10 @@ from calling import ENV, ROOT, check_error, run
 from reference import make_checkpoint, write_kvtuner
 
 import bench
+from checkpoint.hub import EMBEDDED
 from generate import load
 from kivi import FullCache, KiviCache
+from study.measure import Results
 from study.prompts import make_case
 from study.quality import CACHES, row_bytes
 from study.scatter import scatter
@@ -168,6 +170,29 @@ def test_the_attention_benchmark_runs_as_a_user_calls_it(tmp_path):
     assert len(rows) == 4 and rows["kivi2"]["ratio"] > 0
     assert all(row["error"] < 0.01 for row in rows.values())
     assert "of its floor" in out
+
+
+def test_decode_goes_on_behind_a_cache_that_fails(monkeypatch, capsys):
+    """Of a checkpoint. Guards against a table that ends at the first cache that does not fit."""
+    made, cpu = bench.random_caches, torch.device("cpu")
+
+    def make(model, batch, capacity, kv):
+        if kv == "kivi4":
+            raise RuntimeError("out of memory")
+        made(model, batch, capacity, kv)
+
+    monkeypatch.setattr(bench, "random_caches", make)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda results, device: 1e9)
+    results, model = Results("decode", cpu), ([], str(EMBEDDED), ["bf16"])
+    bench.decode(results, cpu, *model, ["bf16", "kivi4", "tiers"], 1, 300, None, None)
+    rows = results.rows()
+    assert [row["kv"] for row in rows] == ["bf16", "tiers"] and rows[1]["ratio"] > 0
+    assert rows[0]["kv_bytes"] > 2 * rows[1]["kv_bytes"] and rows[0]["model"] == EMBEDDED.name
+    assert "kivi4 failed: RuntimeError: out of memory" in capsys.readouterr().err
+    for arguments, named in ((([*model, ["kivi3"], 2, 300, None, None]), "kivi3"),
+                             (([*model, ["bf16"], 2, 300, None, 1]), "leave out --layers")):
+        with pytest.raises(ValueError, match=named):
+            bench.decode(results, cpu, *arguments)
 
 
 # ---- refusals -----------------------------------------------------------------------------------
