@@ -15,7 +15,7 @@ first two layers read everything. With by=mean a page counts by its mean key, as
 ReKV (arXiv 2503.00540); the middle of a channel's range stands for the mean. Not of ReKV: one
 choice for all heads and a whole answer, new positions, blocks on the host (`state` is there).
 
-    --kv kivi2:read=2048, kivi2+:read=4096,by=mean
+    --kv kivi2:read=2048, kivi2+:read=4096,by=loud
 """
 from dataclasses import dataclass
 from functools import partial
@@ -215,6 +215,6 @@ def configs(preset, argument, model):
     for part in argument.split(","):
         name, _, value = part.partition("=")
         if name not in ("read", "by") or name == "read" and not value.isdecimal():
-            raise ValueError(f"unknown {part!r} behind --kv's colon: use read=TOKENS, and by=mean")
+            raise ValueError(f"unknown {part!r} behind --kv's colon: use read=TOKENS, by=KIND")
         options[name] = int(value) if name == "read" else value
     return [ReadConfig(**vars(preset), **options)] * model.config.n_layers
