@@ -146,7 +146,7 @@ def test_attention_of_drafts_over_a_full_cache(fresh_compiler):
 
 
 @pytest.mark.parametrize("kv", ("kivi2:read=256", "kivi2+:read=256,by=mean", "kivi2-:read=512",
-                                "kivi2:read=768", "kivi2+:read=768,by=loud", "tiers",
+                                "kivi2:read=768", "kivi2+:read=768", "tiers",
                                 "tiers:lag=32", "h2o:slots=300"))
 @torch.no_grad()
 def test_attention_of_neighbours_is_the_plain_one(kv, fresh_compiler):

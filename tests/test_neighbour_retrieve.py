@@ -209,6 +209,8 @@ def test_from_the_command_line():
     model.setup_caches(1, 1600, "kivi2+:read=256,by=mean")
     assert all(type(layer.cache) is RetrieveCache for layer in model.layers)
     assert model.cache.n_chosen == 2 and model.cache.by == "mean"
+    for kv, by in (("kivi2:read=256", "bound"), ("kivi2+:read=256", "loud")):
+        assert model.kv_configs(kv)[0].by == by
     read, kivi = model.cache, KiviCache(1, 2, 1600, 64, **vars(PRESETS["kivi2+"]))
     assert traffic_of(read, 1500) < 0.85 * traffic_of(kivi, 1500)
 
