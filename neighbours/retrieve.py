@@ -6,8 +6,8 @@ largest number of a channel in a group, so q . k <= sum_d max(q_d min_d, q_d max
 reads the pages with the largest bounds, all that is exact, and where no sinks are exact the first
 page. Nothing is dropped, so a later query may read what an earlier one did not need.
 
-With by=loud, where channels are boosted, a page counts by its best key: these channels by their
-codes, the others by the middle of their range. Bounds say little of channels that RoPE turns around within a group.
+With by=loud a page counts by its best key: of boosted channels by its codes, of the others by the
+middle of their range. Bounds say little of channels that RoPE turns around within a group.
 
 Quest (arXiv 2406.10774) keeps such bounds beside a full-precision cache; KIVI has them already.
 As published: the bound, and a fixed number of tokens a step. Not: its pages are 16 tokens, and its
@@ -15,7 +15,7 @@ first two layers read everything. With by=mean a page counts by its mean key, as
 ReKV (arXiv 2503.00540); the middle of a channel's range stands for the mean. Not of ReKV: one
 choice for all heads and a whole answer, new positions, blocks on the host (`state` is there).
 
-    --kv kivi2:read=2048, kivi2+:read=4096 (by=loud, as it has them), kivi2+:read=4096,by=mean
+    --kv kivi2:read=2048, kivi2+:read=4096 (means by=loud), kivi2+:read=4096,by=mean
 """
 from dataclasses import dataclass
 from functools import partial
