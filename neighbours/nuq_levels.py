@@ -46,7 +46,7 @@ def largest(x, n):
     place, found = torch.arange(x.shape[-1], device=x.device), []
     for _ in range(n):
         is_best = (x == x.amax(-1, keepdim=True)) | x.isnan()
-        found.append(torch.where(is_best, place, len(place)).amin(-1, keepdim=True))
+        found.append(torch.where(is_best, place, len(place) - 1).amin(-1, keepdim=True))
         x = x.masked_fill(place == found[-1], -1)
     return torch.cat(found, -1)
 
