@@ -1,7 +1,7 @@
 """Measurements. Every time stands beside its ceiling: bytes over the measured copy bandwidth.
 
     python bench.py attention      one layer's decode attention: the library's best, and the caches
-    python bench.py decode         a whole decode step of Llama shapes, random weights
+    python bench.py decode         a whole decode step: Llama shapes, or a --checkpoint
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
     python bench.py memory         bytes a token of every cache, by the formula
     python bench.py quality        perplexity, KL, greedy choices and answers through the cache
