@@ -97,13 +97,14 @@ def pages_of(cache, rows, pos, n_pages):
     rows [B, Hk, M, D] of queries at pos [B]; of the first n_pages are chosen, -1 where there are
     fewer. The newest hold the keys of exact values: they come last, in order, and are always read.
     """
-    c, device = cache.config, pos.device
+    device = pos.device
     page = torch.arange(n_pages, dtype=torch.int32, device=device)
-    newest = (pos - c.residual).clamp(min=0).int() // cache.page  # [B]
+    newest = (pos - cache.config.residual).clamp(min=0).int() // cache.page  # [B]
     there = (page < newest[:, None, None]) & cache.seen(  # [B, 1, pages]: its last token
         pos[:, None, None], (page + 1) * cache.page - 1)
-    bound = torch.where(there, bounds(cache, rows, n_pages), NEVER)  # [B, Hk, pages]
-    if not c.sink:  # the first tokens get much attention in most models, and small bounds
+    # Without NaN, all of which would have the same rank, and the place beyond the last page.
+    bound = torch.where(there, bounds(cache, rows, n_pages).nan_to_num(), NEVER)  # [B, Hk, pages]
+    if not cache.config.sink:  # the first tokens get much attention in most models, small bounds
         bound = torch.where(there & (page == 0), -NEVER, bound)
     bound = stored(bound)
     # Ranks by comparison: a sort would be a call of the library, which nothing fuses with.

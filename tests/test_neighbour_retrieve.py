@@ -124,6 +124,16 @@ def test_pages_out_of_sight_are_not_chosen(by):
     assert first == [[True, True]] * 2  # some of its tokens are seen
 
 
+@pytest.mark.parametrize("name", ("kivi2", "by the loudest channels"))
+def test_nan_stays_in_its_row(name):
+    """Guards against pages of one rank, whose numbers add up to one that is not there."""
+    cache, q = filled(name)
+    before, starts = cache.attend(q), cache.index[: cache.capacity : cache.block]
+    q[0] = torch.nan
+    for out in (cache.attend(q), cache.fused(cache, q, cache.pos - 1, starts)):
+        assert out[0].isnan().all() and rel(out[1:], before[1:]) < 3e-6
+
+
 def test_equal_bounds_choose_different_pages():
     cache = make("kivi2", 1)
     same = torch.ones(1, 2, T, 64)
