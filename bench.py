@@ -1,7 +1,7 @@
 """Measurements. Every time stands beside its ceiling: bytes over the measured copy bandwidth.
 
     python bench.py attention      one layer's decode attention: the library's best, and the caches
-    python bench.py decode         a whole decode step of Llama shapes, random weights
+    python bench.py decode         a whole decode step: Llama shapes, or a --checkpoint
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
     python bench.py memory         bytes a token of every cache, by the formula
     python bench.py quality        perplexity, KL, greedy choices and answers through the cache
@@ -178,8 +178,8 @@ def decode(results, device, models, checkpoint, weights, caches, batch, tokens, 
     for name, form in itertools.product([checkpoint] if checkpoint else models, weights):
         clear()
         if checkpoint:
-            kind = None if form == "bf16" else form
-            model, _ = load(checkpoint, device, torch.bfloat16, weights=kind)
+            model, _ = load(checkpoint, device, torch.bfloat16,
+                            weights=None if form == "bf16" else form)
         else:
             model = random_model(MODELS[name], device, layers, form)
         for kv in caches:
@@ -195,6 +195,8 @@ def decode(results, device, models, checkpoint, weights, caches, batch, tokens, 
                 say(f"  {name} {kv} failed: {type(failure).__name__}: {failure!s:.300}")
         del model
     rows = results.rows()
+    if not rows:
+        raise ValueError("no step could be measured: what failed is said above")
     add_ratios(rows, "ms", "model", lambda row: row["kv"] == row["form"] == "bf16")
     print_table(
         "model | B | T | weights | cache | ms | tokens/s | of its roofline | against bf16 | "

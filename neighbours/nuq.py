@@ -151,8 +151,7 @@ class NuqCache(Cache):
         missed = tokenwise(x - (levels[codes.int()] * scale + zero))
         channel = largest(missed.abs(), outliers(missed.shape[-1]))
         missed = missed.gather(-1, channel)
-        bits = self.config.k_bits if name == "k" else self.config.v_bits
-        return {f"{name}_packed": pack(codes, bits),
+        return {f"{name}_packed": pack(codes, getattr(self.config, f"{name}_bits")),
                 f"{name}_outlier": missed.clamp(-limit, limit).to(self.metadata),
                 f"{name}_channel": channel.to(self.k_channel.dtype)}
 
@@ -174,8 +173,7 @@ class NuqCache(Cache):
         """The first n tokens by their codes and outliers: float32 [B, heads, n, D]."""
         packed, outlier, channel = (getattr(self, f"{name}_{part}")[rows, :, :n]
                                     for part in ("packed", "outlier", "channel"))
-        bits = self.config.k_bits if name == "k" else self.config.v_bits
-        codes = unpack(packed[:, heads], bits).int()
+        codes = unpack(packed[:, heads], getattr(self.config, f"{name}_bits")).int()
         x = tokenwise(getattr(self, f"{name}_levels")[codes] * scale + zero)
         channel = channel.long() - (heads.start or 0) * self.head_dim
         ours = (channel >= 0) & (channel < x.shape[-1])  # and not of other heads

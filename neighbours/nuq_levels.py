@@ -37,15 +37,16 @@ def value_range(v):
 
 
 def largest(x, n):
-    """Where the n largest of x [.., X], none below 0, are: [.., n]. Of equal ones the first.
+    """Where the n largest of x [.., X], none below 0, are: [.., n]. Of equal ones the first; NaN
+    is larger than all.
 
     One after the other: the library's choice among equal ones depends on the shape, and Inductor's
     own sort does not compile at every shape.
     """
     place, found = torch.arange(x.shape[-1], device=x.device), []
     for _ in range(n):
-        is_best = x == x.amax(-1, keepdim=True)
-        found.append(torch.where(is_best, place, len(place)).amin(-1, keepdim=True))
+        is_best = (x == x.amax(-1, keepdim=True)) | x.isnan()
+        found.append(torch.where(is_best, place, len(place) - 1).amin(-1, keepdim=True))
         x = x.masked_fill(place == found[-1], -1)
     return torch.cat(found, -1)
 

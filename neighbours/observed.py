@@ -37,9 +37,10 @@ def column_sums(q, k, every=1):
     for i in torch.arange(len(taken)).split(max(1, CHUNK // (B * H * T))):
         end = T - n + int(taken[i[-1]]) + 1  # the newest of these queries sees no token from here
         part = slice(int(i[0]), int(i[-1]) + 1)
-        scores = rows[:, :, :, taken[i]].float() @ k[:, :, None, :end].mT * D**-0.5
-        hidden = token[:end] > own[part, None]
-        p = scores.masked_fill(hidden, -torch.inf).softmax(-1)  # [B, Hk, M, queries, end]
+        # The queries of all heads as rows of one product: else it would write K out for each.
+        scores = rows[:, :, :, taken[i]].flatten(2, 3).float() @ k[:, :, :end].mT
+        scores = scores.unflatten(2, (-1, len(i))) * D**-0.5  # [B, Hk, M, queries, end]
+        p = scores.masked_fill(token[:end] > own[part, None], -torch.inf).softmax(-1)
         sums[:, :, :end] += (weight[part] @ p).sum(2)
     if every == 1:
         return sums

@@ -4,7 +4,8 @@ A page is the smallest number of tokens that shares no byte with others: 4 group
 most that any of its keys can score: zero and zero + (2^bits - 1) * scale are the smallest and the
 largest number of a channel in a group, so q . k <= sum_d max(q_d min_d, q_d max_d). Each KV head
 reads the pages with the largest bounds, all that is exact, and where no sinks are exact the first
-page. Nothing is dropped, so a later query may read what an earlier one did not need.
+page; of a sliding window's tokens alone. Nothing is dropped, so a later query may read what an
+earlier one did not need.
 
 With by=loud a page counts by its best key: of boosted channels by its codes, of the others by the
 middle of their range. Bounds say little of channels that RoPE turns around within a group.
@@ -31,7 +32,7 @@ from fused.attention import (
 from kivi import KiviCache
 from quantize import KVConfig, dequantize_groups, take
 
-PAGES = 4  # of a block: sums over one page would be short, and their results many
+GROUPS, PAGES = 4, 4  # of a page, and pages of a block: sums over one page would be short
 FAR = 2**30  # the token where a page begins that is not there
 
 
@@ -42,7 +43,7 @@ class ReadConfig(KVConfig):
 
     @property
     def page(self):
-        return 4 * self.group_size
+        return GROUPS * self.group_size
 
     def check(self, head_dim):
         super().check(head_dim)
@@ -50,7 +51,7 @@ class ReadConfig(KVConfig):
             raise ValueError(f"read must be a multiple of {self.page} tokens, got {self.read}")
         if self.by not in ("bound", "mean", "loud"):
             raise ValueError(f"by must be bound, mean or loud, got {self.by!r}")
-        if self.by == "loud" and not self.boost:
+        if self.by == "loud" and not self.boosted(head_dim):
             raise ValueError("by=loud needs boosted channels: use kivi2+, or by=bound")
 
     def make(self, *shape, **kind):
@@ -60,8 +61,8 @@ class ReadConfig(KVConfig):
 def bounds(cache, rows, n_pages):
     """The most that a key of each of the first pages can score, of all queries of a KV head, or
     what `by` has in its place: rows [B, Hk, M, D] -> [B, Hk, pages]."""
-    c, D, groups = cache.config, cache.head_dim, cache.page // cache.config.group_size
-    scale, zero = (first(x, n_pages, groups).flatten(2, 4).to(rows.dtype)  # [B, Hk, groups, D]
+    c, D = cache.config, cache.head_dim
+    scale, zero = (first(x, n_pages, GROUPS).flatten(2, 4).to(rows.dtype)  # [B, Hk, groups, D]
                    for x in (cache.k_scale, cache.k_zero))
     if c.boost:
         rows = stored(rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows)))
@@ -71,7 +72,7 @@ def bounds(cache, rows, n_pages):
         half = half - torch.where(loudest, (2**c.k_bits - 1) / 2, 0)
     reach = (2 * rows.clamp(min=0) if cache.by == "bound" else rows) * half
     scores = product((rows, zero, 1.0), (reach.to(rows.dtype), scale, 1.0))
-    scores = scores.unflatten(-1, (n_pages, groups))
+    scores = scores.unflatten(-1, (n_pages, GROUPS))
     if cache.by == "loud":
         scores = scores + of_loudest(cache, rows, n_pages)
     return scores.amax((2, 4))
@@ -81,7 +82,7 @@ def of_loudest(cache, rows, n_pages):
     """The most that codes of boosted channels add to the score of a key of each group: rows in the
     order of columns [B, Hk, M, D] -> [B, Hk, M, pages, groups]."""
     c, P = cache.config, 8 // cache.config.k_bits
-    n, U = c.boosted(cache.head_dim), cache.page // (P * c.group_size)
+    n, U = c.boosted(cache.head_dim), GROUPS // P
     packed = first(cache.k_packed, n_pages, U)[..., :n]  # [B, Hk, pages, U, G, n], high halves
     scale = first(cache.k_scale, n_pages, U, P)[..., :n]  # [B, Hk, pages, U, P, 1, n]
     rows = rows[:, :, None, None, :, :n]
@@ -96,12 +97,14 @@ def pages_of(cache, rows, pos, n_pages):
     rows [B, Hk, M, D] of queries at pos [B]; of the first n_pages are chosen, -1 where there are
     fewer. The newest hold the keys of exact values: they come last, in order, and are always read.
     """
-    c, device = cache.config, pos.device
+    device = pos.device
     page = torch.arange(n_pages, dtype=torch.int32, device=device)
-    newest = (pos - c.residual).clamp(min=0).int() // cache.page  # [B]
-    there = (page < newest[:, None])[:, None]
-    bound = torch.where(there, bounds(cache, rows, n_pages), NEVER)  # [B, Hk, pages]
-    if not c.sink:  # the first tokens get much attention in most models, and small bounds
+    newest = (pos - cache.config.residual).clamp(min=0).int() // cache.page  # [B]
+    there = (page < newest[:, None, None]) & cache.seen(  # [B, 1, pages]: its last token
+        pos[:, None, None], (page + 1) * cache.page - 1)
+    # Without NaN, all of which would have the same rank, and the place beyond the last page.
+    bound = torch.where(there, bounds(cache, rows, n_pages).nan_to_num(), NEVER)  # [B, Hk, pages]
+    if not cache.config.sink:  # the first tokens get much attention in most models, small bounds
         bound = torch.where(there & (page == 0), -NEVER, bound)
     bound = stored(bound)
     # Ranks by comparison: a sort would be a call of the library, which nothing fuses with.
@@ -112,8 +115,7 @@ def pages_of(cache, rows, pos, n_pages):
     chosen = (rank[:, :, None] == place) * (page + 1)  # [B, Hk, chosen, pages], one is not 0
     chosen = chosen.sum(-1, dtype=torch.int32) - 1
     always = newest[:, None] + torch.arange(cache.n_newest, dtype=torch.int32, device=device)
-    always = torch.where(always < n_pages, always, -1)[:, None]
-    always = always.expand(-1, cache.n_kv_heads, -1)
+    always = torch.where(always < n_pages, always, -1)[:, None].expand(-1, cache.n_kv_heads, -1)
     return torch.cat([chosen, always], 2), newest
 
 
@@ -160,7 +162,7 @@ class RetrieveCache(KiviCache):
 
     def __init__(self, *shape, read, by, **options):
         super().__init__(*shape, **options)
-        self.page, self.by = 4 * self.config.group_size, by
+        self.page, self.by = GROUPS * self.config.group_size, by
         self.n_chosen = read // self.page
         self.n_newest = newest_pages(self.config.residual, self.page)
         n_read = self.n_chosen + self.n_newest
@@ -176,13 +178,11 @@ class RetrieveCache(KiviCache):
         n_pages = min(len(t), self.capacity) // self.page
         pages, newest = pages_of(self, rows, pos, n_pages)
         k, v = (self.from_pages(name, pages, n_pages) for name in "kv")  # [B, Hk, tokens, D]
-        begin = torch.where(pages < 0, FAR, pages * self.page)
-        held = tokens_of(begin, self.page).flatten(2)  # [B, Hk, tokens]
+        held = tokens_of(torch.where(pages < 0, FAR, pages * self.page), self.page).flatten(2)
         recent = slot_tokens(c, pos)  # [B, slots]
-        block = (pos // c.residual * c.residual)[:, None]
-        exact = ((recent >= block) | (recent < c.sink))[:, None, :, None]
+        exact = (recent >= (pos // c.residual * c.residual)[:, None]) | (recent < c.sink)
         place = recent - ((newest - self.n_chosen) * self.page)[:, None]
-        recent_k = torch.where(exact, self.k_window.float(), take(k, place))
+        recent_k = torch.where(exact[:, None, :, None], self.k_window.float(), take(k, place))
         oldest = (pos - c.residual)[:, None, None]
         seen = self.seen(pos[:, None, None], held) & (held >= c.sink) & (held < oldest)
         in_window = (recent >= 0) & self.seen(pos[:, None], recent)

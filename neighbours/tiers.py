@@ -123,7 +123,7 @@ class TierCache(ObservedCache):
         R, (B, Hk, n, D) = self.config.residual, new["k"].shape
         begin, end = self.lengths[rows][0], min(self.lengths[rows][0] + n, self.max_len)
         begin, end = (max(0, self.coded(length)) * R for length in (begin, end))
-        for begin, end in slices(begin, end, B * Hk * D, R):
+        for begin, end in slices(begin, end, B * Hk * max(D, R), R):  # `by_tier` compares R with R
             t = torch.arange(begin, end, device=start.device).expand(B, -1)
             parts = [self.pick(name, x, t, start[:, None], rows) for name, x in new.items()]
             # What is not complete in a shorter row is written again before it is read.

@@ -15,7 +15,9 @@ from checkpoint.room import container_bytes
 from fused import linear
 from kivi import PRESETS, FullCache, KiviCache
 from model import ModelConfig, Transformer
-from program.memory import cache_sizes, needs, traffic_of
+from neighbours.observed import column_sums
+from neighbours.tiers import TierConfig
+from program.memory import OBSERVED, cache_sizes, needs, traffic_of
 from study.models import random_model
 
 CPU = torch.device("cpu")
@@ -105,6 +107,21 @@ def test_the_memory_formula_knows_what_ranks_tokens(kv, dtype, prompt, shape):
     tokens = torch.zeros(1, prompt, dtype=torch.int64)
     peak = peak_allocation(lambda: model.prefill(tokens))
     assert 0.85 * activations <= peak <= 1.05 * activations
+
+
+def test_ranking_takes_no_more_memory_than_its_parts_say(monkeypatch):
+    """Many query heads over few keys, and R tokens that are compared with each other. Guards
+    against K written out for every query head, and comparisons of a whole prompt at once."""
+    q, k = torch.randn(1, 16, 4, 128), torch.randn(1, 2, 2000, 128)
+    peak = peak_allocation(lambda: column_sums(q, k))
+    assert peak <= 1.05 * (OBSERVED * 16 * 4 * 2000 + q.nbytes)
+    monkeypatch.setattr("quantize.FILL", 2**17)
+    peaks = []
+    for n in (1024, 4096):
+        cache = TierConfig(residual=512).make(1, 1, n + 1, 32)
+        cache.observed, new = torch.rand(1, 1, n, 1), torch.randn(2, 1, 1, n, 32)
+        peaks.append(peak_allocation(lambda: cache.fill(*new, cache.pos, cache.pos + n)))
+    assert peaks[1] <= 1.2 * peaks[0]
 
 
 @pytest.mark.slow

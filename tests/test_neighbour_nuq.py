@@ -131,6 +131,21 @@ def test_keys_at_the_ends_of_their_ranges_do_not_depend_on_the_last_bit():
     assert (read[0] - read[1]).abs().max() < 1e-5
 
 
+def test_nan_stays_in_its_row():
+    """Where nothing is checked, as in a decode step. Guards against an outlier that is nowhere, an
+    error of the library for all rows, and NaN that codes hide."""
+    cache, alone = make(batch=2), make()
+    k, v = tokens_for("2 bits", 2, 9)
+    fill(alone, k[1:], v[1:], [9])
+    k[0, 0, 8, 3] = torch.nan
+    fill(cache, k[:, :, :8], v[:, :, :8], [8, 8])
+    cache.write(k[:, :, 8:], v[:, :, 8:], cache.pos[:, None])
+    cache.set_lengths([9, 9])
+    q = randn(2, 4, 1, 32)
+    assert cache.attend(q)[0].isnan().any()
+    assert rel(cache.attend(q)[1:], alone.attend(q[1:])) < 1e-6
+
+
 def test_attention_slides():
     """Guards against a layer's window of tokens that is forgotten."""
     cache = make(sliding=9)

@@ -108,6 +108,32 @@ def test_the_first_page_is_read_unless_sinks_are_exact(name):
     assert [0 in head.tolist() for head in chosen[0]] == [name == "kivi2"] * 2
 
 
+@pytest.mark.parametrize("by", ("bound", "mean"))
+def test_pages_out_of_sight_are_not_chosen(by):
+    """Those of old tokens have the largest bounds. Guards against a sliding window of which a step
+    reads only what is exact, and a first page that nobody can see."""
+    cache, (k, v) = make("sliding", 2), randn(2, 2, 2, T, 64, seed=8)
+    cache.by, k[:, :, :600] = by, 50 * k[:, :, :600]
+    cache.prefill(k, v, [1600, 1412])
+    pages = pages_read(cache, randn(2, 6, 1, 64, seed=9))
+    for row, first in zip(pages[..., :2], (700 // 128, 512 // 128)):
+        assert (row >= first).all()
+    short = make("sliding", 2)
+    short.prefill(k[:, :, :1000], v[:, :, :1000], [1000, 900])
+    first = [[0 in head for head in row] for row in pages_read(short, k[:, [0] * 6, :1]).tolist()]
+    assert first == [[True, True]] * 2  # some of its tokens are seen
+
+
+@pytest.mark.parametrize("name", ("kivi2", "by the loudest channels"))
+def test_nan_stays_in_its_row(name):
+    """Guards against pages of one rank, whose numbers add up to one that is not there."""
+    cache, q = filled(name)
+    before, starts = cache.attend(q), cache.index[: cache.capacity : cache.block]
+    q[0] = torch.nan
+    for out in (cache.attend(q), cache.fused(cache, q, cache.pos - 1, starts)):
+        assert out[0].isnan().all() and rel(out[1:], before[1:]) < 3e-6
+
+
 def test_equal_bounds_choose_different_pages():
     cache = make("kivi2", 1)
     same = torch.ones(1, 2, T, 64)
@@ -229,3 +255,10 @@ def test_refusals(kv, message):
     model, _ = load()
     with pytest.raises(ValueError, match=message):
         model.setup_caches(1, 1600, kv)
+
+
+def test_a_share_that_boosts_no_channel_is_not_enough():
+    """Guards against by=loud that looks at nothing loud."""
+    model, _ = load()
+    with pytest.raises(ValueError, match="use kivi2\\+, or by=bound"):
+        model.setup_caches(1, 1600, "kivi2:read=128,by=loud", boost=0.1)

@@ -173,7 +173,8 @@ def test_the_attention_benchmark_runs_as_a_user_calls_it(tmp_path):
 
 
 def test_decode_goes_on_behind_a_cache_that_fails(monkeypatch, capsys):
-    """Of a checkpoint. Guards against a table that ends at the first cache that does not fit."""
+    """Of a checkpoint. Guards against a table that ends at the first cache that does not fit, and
+    a run that measured nothing and says that all is well."""
     made, cpu = bench.random_caches, torch.device("cpu")
 
     def make(model, batch, capacity, kv):
@@ -190,9 +191,11 @@ def test_decode_goes_on_behind_a_cache_that_fails(monkeypatch, capsys):
     assert rows[0]["kv_bytes"] > 2 * rows[1]["kv_bytes"] and rows[0]["model"] == EMBEDDED.name
     assert "kivi4 failed: RuntimeError: out of memory" in capsys.readouterr().err
     for arguments, named in ((([*model, ["kivi3"], 2, 300, None, None]), "kivi3"),
-                             (([*model, ["bf16"], 2, 300, None, 1]), "leave out --layers")):
+                             (([*model, ["bf16"], 2, 300, None, 1]), "leave out --layers"),
+                             (([*model, ["bf16"], 2, 99_999, None, None]), "no step")):
         with pytest.raises(ValueError, match=named):
-            bench.decode(results, cpu, *arguments)
+            bench.decode(Results("decode", cpu), cpu, *arguments)
+    assert "exceed the model's context" in capsys.readouterr().err
 
 
 # ---- refusals -----------------------------------------------------------------------------------
