@@ -200,7 +200,7 @@ class RetrieveCache(KiviCache):
     def traffic(self, length):
         """Bytes that attention reads: window and pages, and what pages are chosen by."""
         size = {name: x.nbytes // self.batch for name, x in self.contents().items()}
-        seen = min(length, self.n_chosen * self.page + self.config.residual)
+        seen = min(length, self.sliding or length, self.n_chosen * self.page + self.config.residual)
         read = seen * sum(size[a + b] for a in "kv" for b in ("_packed", "_scale", "_zero"))
         if not self.reads_all:
             read += length * (size["k_scale"] + size["k_zero"])

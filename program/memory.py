@@ -21,6 +21,8 @@ OBSERVED = 13  # bytes for each probability that `observe` computes: three in fl
 # Bytes for each channel of a KV head that uncompiled code takes beside the cache.
 WRITTEN_OUT = 14  # a token that is read: K and V in float32, and the codes of one
 FLUSHED = 17  # a token of a key block: float32 copies of it, while it is quantized
+DIVIDED = 23  # the same of a cache with tiers: K and V are quantized together
+RANKED = 10  # bytes for each token with which a token of a key block is compared, see neighbours/
 
 
 def weight_bytes(model):
@@ -158,8 +160,11 @@ def _decode_bytes(model, batch, max_len, config):
         return batch * row
     one_head = batch * max_len * c.head_dim
     heads = min(c.n_kv_heads, max(1, PORTION[model.embed.weight.is_cuda] // one_head))
-    flushed = batch * c.n_kv_heads * c.head_dim * config.residual
-    return batch * row + max(WRITTEN_OUT * heads * one_head, FLUSHED * flushed)
+    flushed = FLUSHED * c.head_dim
+    if getattr(config, "observes", False):
+        flushed = max(DIVIDED * c.head_dim, RANKED * config.residual)
+    flushed *= batch * c.n_kv_heads * config.residual
+    return batch * row + max(WRITTEN_OUT * heads * one_head, flushed)
 
 
 def largest(high, fits):

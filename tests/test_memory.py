@@ -65,12 +65,13 @@ def test_the_memory_formula_knows_the_past(kv):
     assert 0.6 * activations <= peak <= 1.05 * activations
 
 
-@pytest.mark.parametrize("kv", ("kivi2", "kivi2+"))
-def test_the_memory_formula_knows_the_flush(kv):
+@pytest.mark.parametrize("kv", ("kivi2", "kivi2+", "tiers", "mikv"))
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+def test_the_memory_formula_knows_the_flush(kv, head_dim):
     """Many short rows, whose keys of a block in float32 are more than all else that a step
     allocates. Guards against counting them never, or those of a group only."""
-    config = ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=32,
-                         hidden_dim=64, max_len=8192)
+    config = ModelConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, n_kv_heads=4,
+                         head_dim=head_dim, hidden_dim=64, max_len=8192)
     model = random_model(config, CPU)
     model.setup_caches(64, 100, kv)
     model.cache.pos.fill_(128)
