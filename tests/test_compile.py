@@ -111,8 +111,9 @@ def test_the_recompile_check_can_fail(fresh_compiler):
 
 # ---- prefill ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", (SMALL, {"kv": "kivi2+", "k_bits": 4, "residual": 64}),
-                         ids=("kivi2", "kivi2+"))
+@pytest.mark.parametrize("options", (
+    pytest.param(SMALL, marks=pytest.mark.slow), {"kv": "kivi2+", "k_bits": 4, "residual": 64}),
+    ids=("kivi2", "kivi2+"))
 def test_compiled_prefill_gives_the_same_bytes(options, checkpoint, backend):
     """Prompts of many lengths, float32. Guards against arithmetic that the compiler changes,
     against a compilation for every length, and against one that happens inside the first prompt,

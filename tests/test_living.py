@@ -185,8 +185,8 @@ def test_stop_ends_an_answer(tmp_path, monkeypatch):  # of the embedded checkpoi
 
 # ---- caches in files ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", (("--kv", "kivi2+"),
-                                     PACKED))
+@pytest.mark.parametrize("options", (
+    ("--kv", "kivi2+"), pytest.param(PACKED, marks=pytest.mark.slow)))
 def test_a_saved_cache_continues_to_the_same_text(options, tmp_path, monkeypatch):
     """One prompt, a conversation and many prompts go on where a conversation of one run has its
     turns. Guards against tokens that are lost or read again, and rows that see each other."""

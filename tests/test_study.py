@@ -172,6 +172,7 @@ def test_the_attention_benchmark_runs_as_a_user_calls_it(tmp_path):
     assert "of its floor" in out
 
 
+@pytest.mark.slow
 def test_decode_goes_on_behind_a_cache_that_fails(monkeypatch, capsys):
     """Of a checkpoint. Guards against a table that ends at the first cache that does not fit, and
     a run that measured nothing and says that all is well."""
