@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tokenize
 from collections import Counter
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,9 @@ def texts(folder):
             pass
 
 
+parsed = cache(ast.parse)  # most files are those of the check before
+
+
 def functions(tree):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in ast.walk(tree) if isinstance(node, kinds)]
@@ -105,7 +108,7 @@ def wide_lines(folder):
 
 def long_functions(folder):
     for name, text, _ in python_files(folder):
-        for function in functions(ast.parse(text)):
+        for function in functions(parsed(text)):
             n = function.end_lineno - function.lineno + 1
             if n > FUNCTION_LINES:
                 yield f"{name}: {function.name} has {n} lines, at most {FUNCTION_LINES}"
@@ -117,9 +120,10 @@ def other_names_at_the_top(folder):
     yield from (f"{name} does not belong at the top" for name in found - TOP)
 
 
+@cache
 def code_tokens(text):
     """Tokens of a Python file that are neither comment, docstring nor layout."""
-    tree = ast.parse(text)
+    tree = parsed(text)
     docstrings = set()
     for node in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)),
                  *functions(tree)]:
@@ -163,7 +167,7 @@ def wrong_arrows(folder):
             yield f"{name} has no place in the order of rooms"
             continue
         above = ORDER if script else ORDER[: ORDER.index(module)]
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             for target in imported(node):
                 ours = target in ORDER or target in rooms and not any(
                     other.startswith(target + ".") for other in ORDER)
@@ -175,7 +179,7 @@ def early_exceptions(folder):
     """generate.py may import the command line only where it runs as a program."""
     for name, text, _ in python_files(folder):
         module = name.removesuffix(".py").replace("/", ".")
-        tree = ast.parse(text)
+        tree = parsed(text)
         at_the_end = ast.unparse(tree.body[-1]) if tree.body else ""
         is_main = at_the_end.startswith("if __name__ == '__main__':")
         last = set(ast.walk(tree.body[-1])) if is_main else set()
