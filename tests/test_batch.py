@@ -24,7 +24,8 @@ TABLE = r"(?m)" + r" .*\n".join(
 reads_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 
-@pytest.mark.parametrize("size, waves, rows", ((3, 3, 3), ("auto", 1, 7)))
+@pytest.mark.parametrize("size, waves, rows", (
+    (3, 3, 3), pytest.param("auto", 1, 7, marks=pytest.mark.slow)))
 def test_a_file_of_prompts_gives_what_each_gives_alone(size, waves, rows, checkpoint, tmp_path):
     """Waves with a rest, results in the file's order, limits of their own. Guards against an order
     by length, dummies in the output or the statistics, and a wave that sees the one before."""

@@ -64,7 +64,7 @@ def test_compiled_decoding_recompiles_nothing_and_equals_eager(model, backend):
     ("falcon new decoder", FULL),
     pytest.param("mistral, window", BOOSTED, marks=pytest.mark.slow),
     pytest.param("qwen2, window above layer 1", FULL, marks=pytest.mark.slow),
-    ("llama, rope dynamic", FOUR),
+    pytest.param("llama, rope dynamic", FOUR, marks=pytest.mark.slow),
 ))
 def test_the_compiled_step_equals_the_eager_one(name, options, folders, backend):
     """Guards against a graph break in LayerNorm, GELU, the shared norm or the window's mask."""
@@ -135,6 +135,7 @@ def test_compiled_prefill_gives_the_same_bytes(options, checkpoint, backend):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 @only_eager
 def test_one_kv_head_compiles_before_the_first_prompt(backend):
     """Guards against a warm-up of one block of bytes, a size that the compiler takes for a

@@ -220,6 +220,7 @@ def test_a_prompt_holds_what_it_asks_for(task, render, embedded):
         make_case(tokenizer, render, story, task, ROOM, 0.5, Random(0), True)
 
 
+@pytest.mark.slow
 def test_tokens_alike_are_those_that_a_cache_writes_by_itself(embedded):
     """Guards against a divergence that is off by one token."""
     model, tokenizer = embedded
