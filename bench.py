@@ -178,8 +178,9 @@ def decode(results, device, models, checkpoint, weights, caches, batch, tokens, 
     for name, form in itertools.product([checkpoint] if checkpoint else models, weights):
         clear()
         if checkpoint:
-            model, _ = load(checkpoint, device, torch.bfloat16,
-                            weights=None if form == "bf16" else form)
+            given = None if form == "bf16" else form
+            model, _ = load(checkpoint, device, torch.bfloat16, weights=given)
+            form = "as stored" if model.config.weights and not given else form
         else:
             model = random_model(MODELS[name], device, layers, form)
         for kv in caches:
