@@ -28,16 +28,13 @@ import torch
 from kivi import Cache, FullCache
 
 NEVER = -1e30  # score of a token that is not there; finite, or an empty block would give NaN
-LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q or p, r the sum
-    "packed": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64,
-               "num_warps": 1, "num_stages": 3},
+LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q or p, r0 the sum
+    "packed": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
     # Sums that 64 does not divide, as of boosted keys: masks would take the codes' cheap unpacking.
-    "uneven": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 32,
-               "num_warps": 2, "num_stages": 3},
+    "uneven": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
     # The products of zeros and of the window's keys, and of its values where rows are few.
-    "plain": {"ZBLOCK": 1, "YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
-    "window": {"ZBLOCK": 1, "YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32,
-               "num_warps": 4, "num_stages": 3},
+    "plain": {"YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
+    "window": {"YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
     "softmax": {"num_warps": 4, "num_stages": 1},  # XBLOCK: as many rows as have 512 numbers
     "blocks": {"XBLOCK": 16, "R0_BLOCK": 128, "num_warps": 4, "num_stages": 1},  # ranks of pages
 }
@@ -293,12 +290,13 @@ def numbers(packed, bits, dtype):
     return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]
 
 
-def product(*terms):
+def product(*terms, store=True):
     """Sum of factor * (rows [.., M, X] . codes [.., Y, X]) over the terms: [.., M, Y] float32.
 
     terms  (rows, codes, factor); on CUDA float16, one `tl.dot` a term, all in one kernel, with the
            unpacking on the way to the tensor core (Inductor's native_matmul). On a CPU a matrix
            product would write the codes out first, so it is a sum a row, which fuses with them.
+    store  False: what follows stores it, in the same kernel; a single row comes twice on CUDA
     """
     M, codes = terms[0][0].shape[-2], terms[0][1]
     if codes.dtype == torch.float32:
@@ -309,7 +307,7 @@ def product(*terms):
         terms = [(rows.expand(*rows.shape[:-2], 2, -1), *rest) for rows, *rest in terms]
     # `rows` come second: there they are padded to 8 rows, as the first operand to 16.
     out = sum((codes @ rows.to(torch.float16).mT).float() * factor for rows, codes, factor in terms)
-    return stored(out).mT[..., :M, :]
+    return stored(out).mT[..., :M, :] if store else out.mT
 
 
 def stored(x):
@@ -375,13 +373,16 @@ def launches():
             kind = kernel_kind(features)
             if kind is None:
                 return kernel_kwargs
-            launch = LAUNCH[kind] | (JOINED.get(kind, {}) if "y" in groups[0] else {})
-            if kind == "softmax" and "y" not in groups[0]:
+            joined = JOINED.get(kind, {}) if "y" in groups[0] else {}
+            launch = {"ZBLOCK": 1} | LAUNCH[kind] | joined
+            if "XBLOCK" not in launch:
                 launch["XBLOCK"] = max(2, 512 >> (int(features.reduction_numel) - 1).bit_length())
             if kind == "uneven" and int(groups[0]["y"]) % 64 == 0:
                 launch["YBLOCK"] = 64  # groups of 64: with 32, up to 12 % slower
-            dims = {name.upper() + "BLOCK" for name in ("x", "y", "z", "r0_") if name in groups[0]}
-            fixed = {k: n for k, n in launch.items() if not k.endswith("BLOCK") or k in dims}
+            if kind == "uneven" and int(features.reduction_numel) % 32:
+                launch["R0_BLOCK"] = 16  # masks again, as of 80 columns: 72 us, not 57
+            fixed = {k: n for k, n in launch.items()
+                     if not k.endswith("BLOCK") or k.removesuffix("BLOCK").lower() in groups[0]}
             return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
 
         @staticmethod
@@ -398,7 +399,7 @@ def launches():
             return Choices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return f"kivi-9 {LAUNCH} {JOINED}"  # part of the key of the compile caches
+            return f"kivi-10 {LAUNCH} {JOINED}"  # part of the key of the compile caches
 
     return Launches()
 
