@@ -20,6 +20,7 @@ window is one more block; `joined` weighs them all.
 
 Shapes: nb blocks, of U stacks each; M query heads share a KV head.
 """
+from contextlib import nullcontext
 from functools import reduce
 from math import prod
 
@@ -32,8 +33,7 @@ LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q 
     "packed": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
     # Sums that 64 does not divide, as of boosted keys: masks would take the codes' cheap unpacking.
     "uneven": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
-    # The products of zeros and of the window's keys, and of its values where rows are few.
-    "plain": {"YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
+    "plain": {"YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros, the window
     "window": {"YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
     "softmax": {"num_warps": 4, "num_stages": 1},  # XBLOCK: as many rows as have 512 numbers
     "blocks": {"XBLOCK": 16, "R0_BLOCK": 128, "num_warps": 4, "num_stages": 1},  # ranks of pages
@@ -57,7 +57,7 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     if cuda:
         from torch._inductor.virtualized import V
 
-        choices = launches()
+        choices = launches()  # set for each call, or Inductor keeps the first that it meets
 
     def attend(cache, q, pos=None, t=None, *new):
         if pos is None:
@@ -69,9 +69,7 @@ def compiled_attention(device, form=None, plain=Cache.attention):
         # At least two blocks, if there are two: the compiler takes a length of 1 for a constant.
         end = min(max(n, 2 * cache.block), cache.capacity)
         starts = cache.index[: end : cache.block]
-        if not cuda:
-            return quantized(cache, q, pos, dynamic(starts), *new)
-        with V.set_choices_handler(choices):  # else Inductor keeps the first that a process meets
+        with V.set_choices_handler(choices) if cuda else nullcontext():
             return quantized(cache, q, pos, dynamic(starts), *new)
 
     return attend
@@ -141,7 +139,7 @@ def packed_scores(cache, rows, n_blocks, part=first):
     of_zero = rows[:, :, None, :, :D].expand(-1, -1, n_blocks, -1, -1)
     of_zero = product((of_zero, zero, D**-0.5)).unflatten(-1, (U, P))  # [B, Hk, nb, M, U, P]
     scores = []
-    for a, (codes, factor) in enumerate(numbers(packed, bits, rows.dtype)):
+    for a, (codes, factor) in enumerate(numbers(cache, packed, bits, rows.dtype)):
         parts = fold(rows[:, :, None, None], scale[:, :, :, :, a], cache.dtype)
         of_codes = product(*((part, codes, factor * D**-0.5) for part in parts))
         scores.append((of_codes.transpose(3, 4) + of_zero[..., a, None]).flatten(-2))
@@ -221,7 +219,7 @@ def packed_values(cache, p, n_blocks, half, part=first):
                for g in range(zero.shape[4])]
     of_zero = torch.stack(of_zero, 3)  # [B, Hk, nb, D / G, M]
     folded = [x[:, :, :, None] * scale[:, :, :, a, :, None] for a, x in enumerate(p)]
-    codes = numbers(packed, bits, p[0].dtype)
+    codes = numbers(cache, packed, bits, p[0].dtype)
     of_codes = product(*((x, *plane) for x, plane in zip(folded, codes)))
     return (of_codes + of_zero[..., None]).transpose(3, 4).flatten(-2)
 
@@ -277,15 +275,17 @@ def slot_tokens(config, pos):
     return torch.where(slots < S, pinned, torch.where(latest >= S, latest, -1))
 
 
-def numbers(packed, bits, dtype):
+def numbers(cache, packed, bits, dtype):
     """The codes of every plane as numbers, not yet shifted into place: [(codes * 2^p, 2^-p) ..].
 
     float16 (CUDA): the low bits of a float16 are the mantissa of a denormal, so the masked byte
     already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code."""
-    masks = [(p, (1 << bits) - 1 << p) for p in range(0, 8, bits)]
+    # Denormals leave 10 bits of a tensor core's sums unused, of which float16 results need two.
+    lift = 2 * (dtype == cache.dtype == torch.float16)
+    masks = [(p, (1 << bits) - 1 << p) for p in range(lift, 8 + lift, bits)]
     if dtype != torch.float16:  # around their middle, or the shares of codes and zeros would cancel
         return [((packed & mask).float() - mask / 2, 2.0**-p) for p, mask in masks]
-    wide = packed.to(torch.int16)
+    wide = packed.to(torch.int16) << lift
     # The minus makes LLVM mask two codes with one instruction; the tensor core applies it for free.
     return [(-(wide & mask).view(torch.float16), -(2.0 ** (24 - p))) for p, mask in masks]
 
@@ -345,10 +345,10 @@ def kernel_kind(features):
 
     n = str(features.reduction_numel)  # a number, or a symbol: the number of blocks
     if any(map(is_product, features.scheduler_nodes())):
-        reads = {r.name for node in features.scheduler_nodes() for r in node.read_writes.reads}
-        types = {V.graph.get_dtype(name) for name in reads}
+        types = {V.graph.get_dtype(r.name)
+                 for node in features.scheduler_nodes() for r in node.read_writes.reads}
         if torch.uint8 in types:
-            return "uneven" if n.isdigit() and int(n) % 64 else "packed"
+            return "uneven" if int(n) % 64 else "packed"
         # The window has R + 1 slots, a sum of odd length. Of a few rows one pass is shorter.
         values = n.isdigit() and int(n) % 32 and torch.float32 not in types
         numel = str(features.numel)  # of the window, a number
@@ -399,7 +399,7 @@ def launches():
             return Choices.reduction_split_factor(device, reduction_numel, numel, inner_reduction)
 
         def uuid(self):
-            return f"kivi-10 {LAUNCH} {JOINED}"  # part of the key of the compile caches
+            return f"kivi-11 {LAUNCH} {JOINED}"  # part of the key of the compile caches
 
     return Launches()
 

@@ -87,7 +87,7 @@ def with_loudest(cache, rows, scores):
     rest = scores.permute(0, 1, 3, 4, 2).unflatten(3, (U, P))[..., None]  # [.., U, P, M, 1]
     # The maximum of the planes in the kernel of their products: it writes a quarter as much.
     planes = (product((rows * scale[:, :, :, :, a], *plane), store=False) + rest[..., a, :, :]
-              for a, plane in enumerate(numbers(packed, c.k_bits, rows.dtype)))
+              for a, plane in enumerate(numbers(cache, packed, c.k_bits, rows.dtype)))
     return stored(reduce(torch.maximum, planes)).amax((3, 4, 5))  # of [B, Hk, pages, U, M, G]
 
 
