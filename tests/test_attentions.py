@@ -2,6 +2,8 @@
 
 A compilation takes 10 to 25 seconds on a CPU, so most cases are slow ones (KIVI_SLOW=1).
 """
+from types import SimpleNamespace
+
 import fused.attention
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cache_cases import (
 from fused.attention import compiled_attention
 from fused.full import compiled_full_attention
 from fused.step import compiled_quantizer, compiled_step
+from quantize import BITS
 from reference_cache import DTYPES, HALF_EPS, attention64
 
 QUICK = (("small window", torch.bfloat16), ("full, sliding", torch.float32))
@@ -140,6 +143,19 @@ def test_the_check_of_the_fused_form_notices(bug, monkeypatch):
     monkeypatch.setattr(fused.attention, "by_column", lambda *args: bug(original, *args))
     with pytest.raises(AssertionError):
         check_uncompiled("boosted, 4 sinks, values of 64", torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype, least", ((torch.bfloat16, 2.0**-24), (torch.float16, 2.0**-22)))
+def test_half_precision_reads_codes_exactly(bits, dtype, least):
+    """All bytes, as a GPU reads them. Guards against a code of another plane, a wrong power of two,
+    and codes of a float16 cache so low that a tensor core cuts them off."""
+    packed = torch.arange(256, dtype=torch.uint8)
+    found = fused.attention.numbers(SimpleNamespace(dtype=dtype), packed, bits, torch.float16)
+    for plane, (codes, factor) in enumerate(found):
+        wanted = (torch.arange(256) >> plane * bits) % 2**bits
+        assert torch.equal(codes.double() * factor, wanted.double())
+        assert codes[codes != 0].abs().min() == least * 2 ** (plane * bits)
 
 
 @pytest.mark.parametrize("name", ("small window", "full"))
