@@ -21,7 +21,7 @@ window is one more block; `joined` weighs them all.
 Shapes: nb blocks, of U stacks each; M query heads share a KV head.
 """
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 
 import torch
@@ -31,9 +31,9 @@ from kivi import Cache, FullCache
 NEVER = -1e30  # score of a token that is not there; finite, or an empty block would give NaN
 LAUNCH = {  # of the CUDA kernels, see `launches`: y rows of codes, x rows of q or p, r0 the sum
     "packed": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 64, "num_warps": 1, "num_stages": 3},
-    # Sums that 64 does not divide, as of boosted keys: masks would take the codes' cheap unpacking.
+    # Sums that 64 does not divide, as of boosted keys: masks would undo the cheap unpacking.
     "uneven": {"YBLOCK": 32, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 2, "num_stages": 3},
-    "plain": {"YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},  # zeros, the window
+    "plain": {"YBLOCK": 32, "XBLOCK": 8, "num_warps": 1, "num_stages": 1},
     "window": {"YBLOCK": 128, "XBLOCK": 8, "R0_BLOCK": 32, "num_warps": 4, "num_stages": 3},
     "softmax": {"num_warps": 4, "num_stages": 1},  # XBLOCK: as many rows as have 512 numbers
     "blocks": {"XBLOCK": 16, "R0_BLOCK": 128, "num_warps": 4, "num_stages": 1},  # ranks of pages
@@ -54,10 +54,11 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     place of `attention`, and a `plain` one, of t, computes the same."""
     cuda = torch.device(device).type == "cuda"
     quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
+    context = nullcontext
     if cuda:
         from torch._inductor.virtualized import V
 
-        choices = launches()  # set for each call, or Inductor keeps the first that it meets
+        context = partial(V.set_choices_handler, launches())
 
     def attend(cache, q, pos=None, t=None, *new):
         if pos is None:
@@ -69,7 +70,7 @@ def compiled_attention(device, form=None, plain=Cache.attention):
         # At least two blocks, if there are two: the compiler takes a length of 1 for a constant.
         end = min(max(n, 2 * cache.block), cache.capacity)
         starts = cache.index[: end : cache.block]
-        with V.set_choices_handler(choices) if cuda else nullcontext():
+        with context():  # for each call, or Inductor keeps the choices that it meets first
             return quantized(cache, q, pos, dynamic(starts), *new)
 
     return attend
@@ -280,7 +281,8 @@ def numbers(cache, packed, bits, dtype):
 
     float16 (CUDA): the low bits of a float16 are the mantissa of a denormal, so the masked byte
     already *is* code * 2^(p - 24), exactly. Without this, a shift and a conversion a code."""
-    # Denormals leave 10 bits of a tensor core's sums unused, of which float16 results need two.
+    # A tensor core aligns terms by exponents, and a denormal's are up to 2^10 too large. What it
+    # cuts off shows in float16 results: there the codes stand two bits higher.
     lift = 2 * (dtype == cache.dtype == torch.float16)
     masks = [(p, (1 << bits) - 1 << p) for p in range(lift, 8 + lift, bits)]
     if dtype != torch.float16:  # around their middle, or the shares of codes and zeros would cancel
@@ -296,7 +298,7 @@ def product(*terms, store=True):
     terms  (rows, codes, factor); on CUDA float16, one `tl.dot` a term, all in one kernel, with the
            unpacking on the way to the tensor core (Inductor's native_matmul). On a CPU a matrix
            product would write the codes out first, so it is a sum a row, which fuses with them.
-    store  False: what follows stores it, in the same kernel; a single row comes twice on CUDA
+    store  False: the caller ends in `stored`, in the same kernel; a single row is doubled on CUDA
     """
     M, codes = terms[0][0].shape[-2], terms[0][1]
     if codes.dtype == torch.float32:
@@ -348,7 +350,7 @@ def kernel_kind(features):
         types = {V.graph.get_dtype(r.name)
                  for node in features.scheduler_nodes() for r in node.read_writes.reads}
         if torch.uint8 in types:
-            return "uneven" if int(n) % 64 else "packed"
+            return "uneven" if int(n) % 64 else "packed"  # of bytes always a number
         # The window has R + 1 slots, a sum of odd length. Of a few rows one pass is shorter.
         values = n.isdigit() and int(n) % 32 and torch.float32 not in types
         numel = str(features.numel)  # of the window, a number
@@ -359,10 +361,8 @@ def kernel_kind(features):
 
 
 def launches():
-    """Inductor's choices for attention: fixed launches, the fastest of those that were timed.
-
-    Without them, Inductor starts at tiles many times larger, which spill registers, and timing its
-    lists takes a minute a kernel."""
+    """Inductor's choices for attention: fixed launches, the fastest of those that were timed. Its
+    own tiles are many times larger and spill registers, and timing them takes a minute a kernel."""
     from torch._inductor.choices import InductorChoices as Choices
     from torch._inductor.codegen.triton import FixedTritonConfig
 
@@ -379,11 +379,11 @@ def launches():
                 launch["XBLOCK"] = max(2, 512 >> (int(features.reduction_numel) - 1).bit_length())
             if kind == "uneven" and int(groups[0]["y"]) % 64 == 0:
                 launch["YBLOCK"] = 64  # groups of 64: with 32, up to 12 % slower
-            if kind == "uneven" and int(features.reduction_numel) % 32:  # else masks: 86 us, not 60
+            if kind == "uneven" and int(features.reduction_numel) % 32:  # 32 would mask: +40 % time
                 launch |= {"R0_BLOCK": 16, "num_warps": launch["YBLOCK"] // 32}
             fixed = {k: n for k, n in launch.items()
                      if k.islower() or k.removesuffix("BLOCK").lower() in groups[0]}
-            return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
+            return kernel_kwargs | {"fixed_config": FixedTritonConfig(fixed)}
 
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction):

@@ -77,18 +77,18 @@ def bounds(cache, rows, n_pages):
 
 
 def with_loudest(cache, rows, scores):
-    """The most that a key of each page can score by its codes of boosted channels and, [B, Hk, M,
-    pages, groups], by the rest of its group: rows in the order of columns -> [B, Hk, pages]."""
+    """The most that a key of each page scores, [B, Hk, pages]: by its codes of boosted channels and
+    by `scores` [B, Hk, M, pages, groups] for the rest. Columns of rows are in the cache's order."""
     c, P, n_pages = cache.config, 8 // cache.config.k_bits, scores.shape[3]
     n, U = c.boosted(cache.head_dim), GROUPS // P
     packed = first(cache.k_packed, n_pages, U)[..., :n]  # [B, Hk, pages, U, G, n], high halves
     scale = first(cache.k_scale, n_pages, U, P)[..., :n]  # [B, Hk, pages, U, P, 1, n]
     rows = rows[:, :, None, None, :, :n]
     rest = scores.permute(0, 1, 3, 4, 2).unflatten(3, (U, P))[..., None]  # [.., U, P, M, 1]
-    # The maximum of the planes in the kernel of their products: it writes a quarter as much.
+    # Products of all planes and their maximum in one kernel: it writes one score for P codes.
     planes = (product((rows * scale[:, :, :, :, a], *plane), store=False) + rest[..., a, :, :]
               for a, plane in enumerate(numbers(cache, packed, c.k_bits, rows.dtype)))
-    return stored(reduce(torch.maximum, planes)).amax((3, 4, 5))  # of [B, Hk, pages, U, M, G]
+    return stored(reduce(torch.maximum, planes)).amax((3, 4, 5))  # [B, Hk, pages, U, M or 2, G]
 
 
 def pages_of(cache, rows, pos, n_pages):

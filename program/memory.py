@@ -140,7 +140,8 @@ def _prefill_bytes(model, batch, prompt, held, config):
     past = rows * held * keys * (PAST if config else 2 * item)  # as it is dequantized
     observed = 0
     if getattr(config, "observes", False):
-        observed = OBSERVED * min(2**24, c.n_heads * chunk * prompt) + FLOAT * prompt * keys
+        observed = OBSERVED * min(2**24, c.n_heads * chunk * prompt)
+        observed += FLOAT * prompt * keys  # K of a row in float32
     # All along: x, the layer's K and V; cos and sin.
     kept = rows * (new * c.dim + 2 * prompt * keys) * item + 2 * FLOAT * new * c.head_dim
     layer = rows * chunk * narrow + max(rows * chunk * widest + mask, observed)

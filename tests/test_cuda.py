@@ -145,22 +145,23 @@ def test_attention_of_drafts_over_a_full_cache(fresh_compiler):
         assert max(errors(cache, queries[:, :, i : i + 1], out[:, :, i : i + 1])) <= 4e-3
 
 
-@pytest.mark.parametrize("kv", ("kivi2:read=256", "kivi2+:read=256,by=mean", "kivi2-:read=512",
-                                "kivi2:read=768", "kivi2+:read=768", "tiers",
-                                "tiers:lag=32", "h2o:slots=300"))
+@pytest.mark.parametrize("kv, n_heads", [(kv, 8) for kv in (
+    "kivi2:read=256", "kivi2+:read=256,by=mean", "kivi2-:read=512", "kivi2:read=768",
+    "kivi2+:read=768", "tiers", "tiers:lag=32", "h2o:slots=300")] + [("kivi2+:read=768", 2)])
 @torch.no_grad()
-def test_attention_of_neighbours_is_the_plain_one(kv, fresh_compiler):
+def test_attention_of_neighbours_is_the_plain_one(kv, n_heads, fresh_compiler):
     """Compiled as a decode step compiles it, bfloat16, rows of unequal lengths. Guards against
-    launches for other shapes, and loads of pages with masks that a product cannot have."""
+    launches for other shapes, a product of a single row, and loads of pages with masks that a
+    product cannot have."""
     shape = SimpleNamespace(n_layers=1, head_dim=128, n_kv_heads=2)
     model = SimpleNamespace(config=shape, layers=[SimpleNamespace(window=None)])
     name, _, argument = kv.partition(":")
     (config,) = OTHERS[name](argument, model)
     cache = config.make(3, 2, 2048, 128, sliding=None, dtype=torch.bfloat16, device=DEVICE)
     q, k, v = (randn(3, heads, 1900, 128, seed=seed, dtype=torch.bfloat16).to(DEVICE)
-               for seed, heads in enumerate((8, 2, 2)))
+               for seed, heads in enumerate((n_heads, 2, 2)))
     cache.extend(q, k, v, (1900, 1501, 300))
-    query = randn(3, 8, 1, 128, seed=9, dtype=torch.bfloat16).to(DEVICE)
+    query = randn(3, n_heads, 1, 128, seed=9, dtype=torch.bfloat16).to(DEVICE)
     args = query, cache.pos - 1, cache.tokens(cache.length)
     plain = cache.attention(*args)
     step = compiled_step(SimpleNamespace(weights=None, parallel=False), DEVICE)

@@ -97,7 +97,8 @@ def test_the_memory_formula_knows_the_keys_of_a_step():
     ("tiers", torch.float32, 600, {"n_heads": 8, "n_kv_heads": 2, "head_dim": 32}),
     ("tiers", torch.bfloat16, 200, {"n_heads": 8, "n_kv_heads": 2, "head_dim": 128}),
     ("h2o:0.2", torch.float32, 800, {"n_heads": 2, "n_kv_heads": 2, "head_dim": 256}),
-), ids=("probabilities", "queries", "keys"))
+    ("tiers", torch.bfloat16, 200, {"n_heads": 8, "n_kv_heads": 8, "head_dim": 128}),
+), ids=("probabilities", "queries", "keys", "keys in float32"))
 def test_the_memory_formula_knows_what_ranks_tokens(kv, dtype, prompt, shape):
     """The probabilities of a prompt, which are computed once more beside its queries. Guards
     against counting none, or these alone."""
