@@ -150,6 +150,7 @@ class Block(nn.Module):
             if hasattr(self.cache, "observe"):  # it ranks tokens by the attention they get
                 self.cache.observe(q, k[:, :, : P + end], row, ends - start - first)
             y = causal(q, k[:, :, : P + end], v[:, :, : P + end], self.window)
+            del q, new_k, new_v  # else a fifth more memory: they would stay beside the MLP
             x[:, first:end] = self.after(part, y)
         self.cache.fill(k[:, :, P:], v[:, :, P:], start, ends, row)
         return x, torch.stack(finite).all()
@@ -334,18 +335,17 @@ class Transformer(nn.Module):
         rows, chunk = self.groups(L, max(held), chunk)
         logits, finite, row = [], [], 0
         while row < B:
-            same = sum(1 for _ in takewhile(lambda n: n == held[row], held[row : row + rows]))
+            same = len(list(takewhile(lambda n: n == held[row], held[row : row + rows])))
             part = tokens[row : row + same, : max(lengths[row : row + same])]
             part_logits, part_finite = self.extend_rows(part, ends[row : row + same], row, chunk)
             logits.append(part_logits)
             finite += [part_finite, torch.isfinite(part_logits).all()]
             row += same
         self.cache.set_lengths(ends)
-        logits = torch.cat(logits)
         if not torch.stack(finite).all():
             raise ValueError("the model computes NaN, inf or numbers too large for the cache: its "
-                             f"weights are damaged or {logits.dtype} is too narrow for it")
-        return logits
+                             f"weights are damaged or {part_logits.dtype} is too narrow for it")
+        return torch.cat(logits)
 
     def extend_rows(self, tokens, ends, row, chunk):
         """`extend` of rows that hold the same number of tokens, from `row` on.

@@ -50,6 +50,15 @@ def test_the_memory_formula_holds(shape, dtype):
         assert 0.6 <= share <= 1.05, (batch, prompt, kv, prefill, step, parts)
 
 
+def test_a_prompt_leaves_q_before_its_mlp():
+    """Guards against q, K and V of a chunk that stay in memory beside the MLP's numbers."""
+    model = random_model(ModelConfig(**SHAPE | {"n_kv_heads": 8, "hidden_dim": 1400}), CPU)
+    model.setup_caches(1, 540, "bf16")
+    activations = needs(model, 1, 500, 540, "bf16")["activations"]
+    peak = peak_allocation(lambda: model.prefill(torch.zeros(1, 500, dtype=torch.int64)))
+    assert 0.6 * activations <= peak <= 0.95 * activations
+
+
 @pytest.mark.parametrize("kv", ("kivi2", "kivi2+", "bf16"))
 def test_the_memory_formula_knows_the_past(kv):
     """100 tokens behind 4,000, whose K and V in float32 are more than all else. Guards against a
