@@ -9,10 +9,10 @@ Schedule. At length T these tokens of a row have codes, whether they came by pre
     K   0 .. T - T % R - 1     R keys at once, a *key block*, when T becomes a multiple of R
     V   0 .. T - R - 1         one value a step, as soon as T exceeds R
 
-The official code attends first and quantizes then. So at length T attention still reads exactly: K
-from token (T - 1) // R * R on, and V of the last R + 1 tokens. Hence the window is a ring of R + 1
-slots: no token overwrites the one that its step quantizes. The first S tokens, *sinks*, have slots
-of their own and are always read from there.
+The official code attends first and quantizes then: a step does not read the codes it makes. So at
+length T attention reads exactly: K from token (T - 1) // R * R on, 1 to R of them, and V of the
+last R + 1 tokens. Hence the window is a ring of R + 1 slots: no token overwrites the one that its
+step quantizes. The first S tokens, *sinks*, have slots of their own, always read from there.
 
 Packing. A byte holds P = 8 / bits codes, of tokens that lie G apart. P groups of G tokens that
 share bytes are a *stack*. Of one row and KV head:
@@ -26,9 +26,9 @@ With 2 bits and G = 32, byte [0, 0, 0] holds channel 0 of tokens 0, 32, 64 and 9
 Field a of all bytes of a stack is one group. K has a scale and a zero for each of its channels, V
 for each of its tokens and Gv (mostly G) channels. Attention reads code * scale + zero.
 
-Boost (not the paper's): the n loudest key channels of a row and KV head have codes of twice the
-bits, the high half in the channel's column, the low half in one of n columns behind the others:
-k_packed [stacks, G, D + n]. The columns have the order of k_order, loudest first.
+Boost (not the paper's): the n key channels with the widest range in any group of a row's first R
+keys have codes of twice the bits, the high half in the channel's column, the low half in one of n
+columns behind the others: k_packed [stacks, G, D + n], in the order of k_order, the widest first.
 
 B rows, Hk KV heads, D channels, M query heads a KV head. fused/attention.py computes the same."""
 import torch
@@ -68,8 +68,8 @@ class Cache(Buffers):
 
     def storable(self, x):
         """bool: can all of x be stored, and the range of any group of it?"""
-        if self.config:
-            x = 2 * x if self.dtype == torch.float32 else x.half()  # scales are float16 then
+        if self.config:  # a range is up to 2 max|x|; float16 scales hold that of all float16 x
+            x = 2 * x if self.dtype == torch.float32 else x.half()
         return torch.isfinite(x).all()
 
     def check_finite(self, tokens, **tensors):
@@ -87,7 +87,7 @@ class Cache(Buffers):
         usable = n and all(x in range(least, n + 1) for x in lengths)
         if len(lengths) != self.batch or not usable:
             raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}: {lengths}")
-        longest = max(map(sum, zip(self.lengths, map(int, lengths))))
+        longest = max(old + int(new) for old, new in zip(self.lengths, lengths))
         if longest > self.max_len:
             raise ValueError(f"{longest} tokens exceed the cache's max_len of {self.max_len}")
         new = torch.tensor(lengths, device=self.pos.device)
@@ -219,13 +219,13 @@ class Cache(Buffers):
         self.v_window[place] = v.transpose(1, 2)
 
     def completes_key_block(self):
-        return False  # a full-precision cache quantizes nothing
+        return False  # nothing is quantized, unless a subclass says so
 
     evicts_value = completes_key_block
 
 
 class FullCache(Cache):
-    """The full-precision cache behind the same interface: a window that holds every token."""
+    """The same interface in full precision: a window of every token, of which 128 are a block."""
 
     @torch.inference_mode(False)  # or nobody could write to its buffers outside that mode
     def __init__(self, batch, n_kv_heads, max_len, head_dim, *, sliding=None,
@@ -297,7 +297,7 @@ class KiviCache(Cache):
 
     def parts(self, name):
         """(bits, bytes, scale, zero) of K or V, tokens before channels: [B, Hk, stacks, G, D] and
-        [B, Hk, groups, 1, D] twice (K), [B, Hk, groups, G, D / Gv] twice (V)."""
+        [B, Hk, groups, 1, D] twice (K, bytes with D + n), [B, Hk, groups, G, D / Gv] twice (V)."""
         if name == "k":
             return self.config.k_bits, self.k_packed, self.k_scale, self.k_zero
         return self.config.v_bits, self.v_packed.mT, self.v_scale.mT, self.v_zero.mT
@@ -310,27 +310,27 @@ class KiviCache(Cache):
         c, G, R, (B, Hk, n, D) = self.config, self.config.group_size, self.config.residual, k.shape
         rows, starts, stops = slice(row, row + B), start[:, None], ends[:, None]
         if c.boost:
-            first = self.pick("k", k, c.grouped_as(self.index[:R]), starts, rows)
-            self.choose(first.unflatten(2, (-1, G)), (start < R) & (ends >= R), rows)
+            x = self.pick("k", k, c.grouped_as(self.index[:R]), starts, rows)
+            self.choose(x.unflatten(2, (-1, G)), (start < R) & (ends >= R), rows)
+        # Tokens below `coded` have codes, those up to `stop` get them, the window has the rest.
         begin = max(0, min(self.lengths[rows]) - R) // c.unit * c.unit
         end = min(max(self.lengths[rows]) + n, self.capacity)
-        for begin, end in slices(begin, end, B * Hk * D, c.unit):
-            t = torch.arange(begin, end, device=k.device)
+        for first, last in slices(begin, end, B * Hk * D, c.unit):
+            t = torch.arange(first, last, device=k.device)
             keys = "k", k, c.grouped_as(t), starts // R * R, stops // R * R
             values = "v", v, t, starts - R, stops - R
             for name, x, source, coded, stop in (keys, values):
-                old, new = (y.view(B, 1, -1, G, 1) for y in (t < coded, (t >= coded) & (t < stop)))
+                old, due = (y.view(B, 1, -1, G, 1) for y in (t < coded, (t >= coded) & (t < stop)))
                 x = self.pick(name, x, source, starts, rows).unflatten(2, (-1, G))
-                new = self.quantizer(x, new, c, name, self.order(rows))
                 bits, *buffers = self.parts(name)
-                for buffer, y in zip(buffers, new):
-                    size = (end - begin) // y.shape[2]  # tokens of a stack, or of a group
-                    merge(buffer[rows, :, begin // size : end // size], y, old, bits)
+                for buffer, y in zip(buffers, self.quantizer(x, due, c, name, self.order(rows))):
+                    size = (last - first) // y.shape[2]  # tokens of a stack, or of a group
+                    merge(buffer[rows, :, first // size : last // size], y, old, bits)
         t = c.in_window(ends - 1)
-        place, new = (self.rows[rows, None], slice(None), c.slot(t)), (t < stops)[..., None, None]
+        place, full = (self.rows[rows, None], slice(None), c.slot(t)), (ends > 0).view(B, 1, 1, 1)
         for name, x, window in (("k", k, self.k_window), ("v", v, self.v_window)):
             x = self.pick(name, x, t, starts, rows).transpose(1, 2)  # [B, slots, Hk, D]
-            window[place] = torch.where(new, x, window[place])
+            window[place] = torch.where(full, x, window[place])
 
     def pick(self, name, x, t, starts, rows):
         """Tokens t [B, n] of K or V: the window's up to `starts` [B, 1], then x [B, Hk, n, D]."""
@@ -360,7 +360,7 @@ class KiviCache(Cache):
 
     def quantize_value(self, pos):
         """Quantizes the value of token pos - R, where there is one, for each of the newest tokens
-        pos [B, n], n <= G: tokens that share a byte lie G apart."""
+        pos [B, n]: consecutive ones, n <= G, so that no two share a byte."""
         G, evicted = self.config.group_size, pos >= self.config.residual
         t = (pos - self.config.residual).clamp(min=0)
         values = self.v_window[self.rows[:, None], :, self.slot(t)]  # [B, n, Hk, D]
@@ -375,21 +375,21 @@ class KiviCache(Cache):
         if c.boost:
             self.choose(keys, pos + 1 == R)
         new = key_codes(keys, c, self.order())
-        for i, group in enumerate(t[:, ::G].unbind(1)):
+        for i in range(R // G):  # one group at a time: those of a stack share bytes
             # A last key block that max_len cuts off has no room for codes, and never completes.
-            group = (group // G).clamp(max=self.capacity // G - 1)[:, None]
+            group = (t[:, i * G, None] // G).clamp(max=self.capacity // G - 1)
             self.store("k", group, (), (pos[:, None] + 1) % R == 0, [x[:, None, :, i] for x in new])
 
-    def store(self, name, group, token, chosen, new):
-        """Stores codes, scale and zero [B, n, ..] of groups of tokens, `group` [B, n], or of one
-        `token` of each. What is not `chosen` [B, n] stays: an `if` would wait for the device.
-        """
-        bits = self.config.k_bits if name == "k" else self.config.v_bits
+    def store(self, name, group, inside, chosen, new):
+        """Stores codes, scale and zero [B, n, ..] in groups `group` [B, n]: whole ones, or what the
+        index `inside` picks there. What is not `chosen` [B, n] stays: an `if` would wait for the
+        device."""
+        bits = getattr(self.config, f"{name}_bits")
         for part, x in zip(("packed", "scale", "zero"), new):
             buffer = getattr(self, f"{name}_{part}")
             shape = (*group.shape, *[1] * (x.dim() - 2))
             entry = group * bits // 8 if part == "packed" else group  # a stack, or a group
-            place = (self.rows[:, None], slice(None), entry, *token)
+            place = (self.rows[:, None], slice(None), entry, *inside)
             old = buffer[place]
             if part == "packed":
                 shift = (group * bits % 8).view(shape)

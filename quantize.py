@@ -8,8 +8,10 @@ A group of G consecutive elements is stored as integers 0 .. 2^bits - 1 and two 
     x_hat = codes * scale + zero
 
 Keys are grouped along tokens (per channel), values along channels (per token): `dim` says which.
-All arithmetic runs in float32 against the *stored* (rounded) scale, so that a scale in bfloat16
-adds no systematic error.
+All arithmetic runs in float32 against the *stored* scale, so that rounding it adds no bias.
+
+`quantize` is the checked form of `group_codes`, which a cache calls. The cache's options and
+buffers stand below; kivi.py explains stacks, sinks and boosted channels.
 """
 from dataclasses import dataclass
 from math import gcd, lcm, prod
@@ -59,8 +61,7 @@ def quantize(x, bits, group_size, dim=-1):
                          f"use a group size that divides {n}")
     groups = x.unflatten(dim, (n // group_size, group_size))
     codes, scale, zero = group_codes(groups, bits, dim + 1)
-    finite = torch.isfinite(x).all() and torch.isfinite(scale).all()
-    if not finite:
+    if not (torch.isfinite(x).all() and torch.isfinite(scale).all()):
         raise ValueError("cannot quantize NaN, inf or a group whose range overflows float32: "
                          "check the tensor's values")
     return codes.flatten(dim, dim + 1), scale.squeeze(dim + 1), zero.squeeze(dim + 1)
@@ -143,7 +144,7 @@ def key_codes(x, config, order=None):
     if order is None:
         return group_codes(x, bits, -2)
     x = x.gather(-1, order.long().unsqueeze(-2).expand_as(x))
-    n = config.boosted(x.shape[-1])
+    n = config.boosted(x.shape[-1])  # columns of codes and scale that `fine` replaces
     codes, scale, zero = group_codes(x, bits, -2)
     fine, fine_scale, _ = group_codes(x[..., :n], 2 * bits, -2)
     codes = torch.cat([fine >> bits, codes[..., n:], fine & 2**bits - 1], -1)
@@ -162,29 +163,27 @@ def channel_order(groups):
 
 
 def slices(begin, end, width, unit):
-    """Cuts tokens of `width` elements into ranges (first, last + 1) of whole units, FILL at a time.
-
-    begin   a multiple of `unit`; end is rounded up to one
-    """
+    """Cuts tokens of `width` elements into ranges (first, last + 1) of whole units, FILL at a time;
+    begin is a multiple of `unit`, end is rounded up to one."""
     step, end = max(1, FILL // width // unit) * unit, round_up(end, unit)
     return [(first, min(first + step, end)) for first in range(begin, end, step)]
 
 
-def quantize_groups(x, keep, config, name, order=None):
-    """Quantizes whole stacks of tokens; where `keep` is False, codes, scale and zero are 0.
+def quantize_groups(x, due, config, name, order=None):
+    """Quantizes whole stacks of tokens; what is not `due` gets 0 for codes, scale and zero.
 
-    x [B, Hk, groups, G, D], keep [B, 1, groups, G, 1]; name "k" or "v"; order [B, Hk, groups, D]
+    x [B, Hk, groups, G, D], due [B, 1, groups, G, 1]; name "k" or "v"; order [B, Hk, 1, D]
     returns bytes [B, Hk, stacks, G, D (+ n)], and scale, zero [B, Hk, groups, 1, D] (K) or
             [B, Hk, groups, G, D / Gv] (V); a stack is 8 / bits groups that share bytes
     """
     if name == "k":
-        bits, kept_groups = config.k_bits, keep[:, :, :, :1]
+        bits, due_groups = config.k_bits, due[:, :, :, :1]
         codes, scale, zero = key_codes(x, config, order)
     else:
-        bits, kept_groups = config.v_bits, keep
+        bits, due_groups = config.v_bits, due
         codes, scale, zero = value_codes(x, config)
-    codes = torch.where(keep, codes, 0).unflatten(2, (-1, 8 // bits))
-    scale, zero = (torch.where(kept_groups, y, 0) for y in (scale, zero))
+    codes = torch.where(due, codes, 0).unflatten(2, (-1, 8 // bits))
+    scale, zero = (torch.where(due_groups, y, 0) for y in (scale, zero))
     return pack(codes, bits, 3).squeeze(3), scale, zero
 
 
@@ -196,17 +195,17 @@ def take(x, index):
 
 def merge(stored, new, old, bits):
     """Writes `new` bytes, scales or zeros [B, Hk, stacks or groups, .., ..] over `stored` ones, but
-    for those of `old` tokens, bool [B, 1, groups, G, 1]."""
+    for those of `old` tokens, bool [B, 1, groups, G, 1], where new codes are 0."""
     if new.dtype == torch.uint8:
         fields = (old * (2**bits - 1)).to(torch.uint8).unflatten(2, (-1, 8 // bits))
         stored.copy_(new | stored & pack(fields, bits, 3).squeeze(3))
-    else:
+    else:  # a group of keys is old as a whole, so its first token tells
         stored.copy_(torch.where(old[:, :, :, : new.shape[3]], stored, new))
 
 
 def dequantize_groups(packed, scale, zero, config, name, order=None):
     """The inverse of `quantize_groups`, from what it returns: float32 [B, Hk, tokens, D]."""
-    bits = config.k_bits if name == "k" else config.v_bits
+    bits = getattr(config, f"{name}_bits")
     codes = unpack(packed.unsqueeze(3), bits, 3).flatten(2, 4)
     scale, zero = (x.flatten(2, 3).float() for x in (scale, zero))
     if order is None:
@@ -228,7 +227,7 @@ class KVConfig:
     k_bits: int = 2
     v_bits: int = 2
     group_size: int = 32  # G: elements that share a scale and a zero
-    residual: int = 128  # R: recent tokens in full precision
+    residual: int = 128  # R: keys that get codes at once, and newest values that have none
     sink: int = 0  # S: first tokens of a row in full precision
     boost: float = 0  # key channels of a head in twice the bits: so many, or below 1 this share
     v_group_size: int = 0  # Gv, at most so many channels of a value are a group; 0: G
@@ -286,17 +285,17 @@ class KVConfig:
         return torch.maximum(t, (t | self.group_size - 1).clamp(max=self.sink)) if self.sink else t
 
     def capacity(self, max_len):
-        """Tokens of a row of up to max_len that have room for codes: whole residuals and stacks."""
+        """Tokens of a row of up to max_len that have room for codes: whole key blocks, stacks."""
         tokens = max(1, max_len // self.residual) * self.residual
         return round_up(tokens, self.unit)
 
     @property
     def unit(self):
-        """Tokens of whole residuals and, at any number of bits, whole stacks of groups."""
+        """Tokens of whole key blocks and, at any number of bits, whole stacks of groups."""
         return lcm(self.residual, 8 // min(BITS) * self.group_size)
 
     def block(self, max_len):
-        """Tokens that attention reads at a time: more in longer rows, up to 512 all at once."""
+        """Tokens that attention reads at a time, whole key blocks; all, if at most 512."""
         tokens = self.capacity(max_len)
         if tokens <= 512:
             return tokens
@@ -307,7 +306,8 @@ class KVConfig:
 class Buffers(nn.Module):
     """Tensors of B rows at addresses that never change: what a cache stands on.
 
-    `lengths` are the tokens in each row as the host counts them, `pos` the same on the device.
+    `lengths` are the tokens in each row as the host counts them, `pos` the same on the device, so
+    the next token's number; a step raises `pos` last. As an argument it is a token's own number.
     """
 
     config = None
@@ -338,8 +338,8 @@ class Buffers(nn.Module):
 
     def add(self, name, shape, dtype, spare=0):
         """A buffer of zeros [B, Hk, entries, ..]. Fused kernels read whole blocks, into the next
-        head or `spare` entries behind all, and mask what they find. 128 bytes between heads make
-        any slice alike to them: strided."""
+        head or `spare` entries behind all, and mask what they find. 128 bytes between heads keep
+        the whole buffer as strided as a slice of it: one compiled kernel serves both."""
         heads, head = prod(shape[:2]), prod(shape[2:])
         stride = head + 128 // dtype.itemsize
         n = heads * stride + spare * prod(shape[3:])
