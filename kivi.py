@@ -78,22 +78,21 @@ class Cache(Buffers):
             if not self.storable(x.transpose(1, 2)[tokens]):
                 raise ValueError(f"{name} holds NaN, inf or numbers too large for the cache")
 
-    def check_new(self, least, lengths, **tensors):
+    def check_new(self, low, lengths, **tensors):
         """Raises ValueError unless n or `lengths` tokens a row, of [B, heads, n, D], can be stored.
-        Returns the tokens that a row will hold, [B] on the device."""
+        Returns the tokens that a row will hold, [B], and which of n are real, [B, n]."""
         n = tensors["k"].shape[2] if tensors["k"].dim() == 4 else 1
         self.check(n, **tensors)
         lengths = [n] * self.batch if lengths is None else list(lengths)
-        usable = n and all(x in range(least, n + 1) for x in lengths)
-        if len(lengths) != self.batch or not usable:
-            raise ValueError(f"lengths must be {self.batch} numbers of {least} .. {n}: {lengths}")
+        if len(lengths) != self.batch or not n or any(x not in range(low, n + 1) for x in lengths):
+            raise ValueError(f"lengths must be {self.batch} numbers of {low} .. {n}: {lengths}")
         longest = max(old + int(new) for old, new in zip(self.lengths, lengths))
         if longest > self.max_len:
             raise ValueError(f"{longest} tokens exceed the cache's max_len of {self.max_len}")
-        new = torch.tensor(lengths, device=self.pos.device)
-        present = torch.arange(n, device=new.device) < new[:, None]
-        self.check_finite(present, k=tensors["k"], v=tensors["v"])
-        return self.pos + new
+        new = torch.tensor([int(x) for x in lengths], device=self.pos.device)
+        real = torch.arange(n, device=new.device) < new[:, None]
+        self.check_finite(real, k=tensors["k"], v=tensors["v"])
+        return self.pos + new, real
 
     @torch.no_grad()
     def prefill(self, k, v, lengths=None):
@@ -105,7 +104,7 @@ class Cache(Buffers):
         if self.length:
             raise ValueError(f"prefill needs an empty cache, this one holds {self.length} tokens: "
                              "call reset() first, or extend() instead")
-        ends = self.check_new(1, lengths, k=k, v=v)
+        ends, _ = self.check_new(1, lengths, k=k, v=v)
         self.fill(k, v, self.pos, ends)
         self.set_lengths(ends.tolist())
 
@@ -118,9 +117,9 @@ class Cache(Buffers):
 
         q [B, H, n, D]; k, v [B, Hk, n, D], rows right-padded; lengths [B] ints (None: all n)
         returns [B, H, n, D], of no meaning where a row is padded
-        raises ValueError: a row is full; wrong shape, dtype, device or length; NaN or inf
-        """
-        ends = self.check_new(0, lengths, k=k, v=v, q=q)
+        raises ValueError: a row is full; wrong shape, dtype, device or length; NaN or inf"""
+        ends, real = self.check_new(0, lengths, k=k, v=v, q=q)
+        k, v = (torch.where(real[:, None, :, None], x, 0) for x in (k, v))  # padding may hold NaN
         start, held, out = self.pos[:, None, None], self.tokens(self.length), []
         for i in torch.arange(k.shape[2], device=q.device).split(512):  # queries at a time
             own, last = start + i[:, None], int(i[-1]) + 1  # none sees new tokens from `last` on
@@ -157,16 +156,15 @@ class Cache(Buffers):
         self.lengths[:] = [n + 1 for n in self.lengths]
 
     def park(self, row):
-        """Lets a finished row go on beside the others, from token 0; its results mean nothing."""
+        """Empties a finished row, which goes on beside the others; what it reads means nothing."""
         self.pos[row] = 0
         self.lengths[row] = 0
 
     def attend(self, q):
         """softmax(q · K / sqrt(D)) · V over the tokens present in each row.
 
-        q [B, H, 1, D], H a multiple of Hk -> [B, H, 1, D]
-        raises ValueError: wrong shape, dtype or device; an empty cache
-        """
+        q [B, H, 1, D], H a multiple of Hk -> [B, H, 1, D]; gradients reach q
+        raises ValueError: wrong shape, dtype or device; an empty cache"""
         self.check(1, q=q)
         return self.attention(q, self.pos - 1, self.tokens(self.length))
 
@@ -257,7 +255,7 @@ class FullCache(Cache):
 class KiviCache(Cache):
     """One layer's KIVI cache. Buffers are allocated once, and each token is quantized once.
 
-    batch, n_kv_heads, max_len (most tokens of a row), head_dim
+    batch, n_kv_heads, max_len (most tokens of a row), head_dim; dtype and device of q, k and v
     options  of `KVConfig`: k_bits, v_bits, group_size (G), residual (R), sink (S), boost, ..
     sliding  attention reads only that many of the newest tokens, no older sink (None: all)
     raises   ValueError: see KVConfig.check; source: arXiv 2402.02750, schedule of jy-yuan/KIVI
@@ -270,7 +268,8 @@ class KiviCache(Cache):
         c.check(head_dim)
         block = c.block(max_len)
         super().__init__(batch, n_kv_heads, max_len, head_dim, block, sliding, dtype, device)
-        self.config, self.capacity = c, c.capacity(max_len)  # capacity: tokens with room for codes
+        self.config, self.slot = c, c.slot
+        self.capacity = c.capacity(max_len)  # tokens with room for codes
         self.quantizer = quantize_groups  # of `fill`; a faster one may take its place
         heads, D, G = (batch, n_kv_heads), head_dim, c.group_size
         columns, Gv = D + c.boosted(D), c.value_group(D)
@@ -287,9 +286,6 @@ class KiviCache(Cache):
         self.add("k_order", (*heads, D if c.boost else 0), torch.int16)  # channel of each column
         for name in ("k_window", "v_window"):
             self.add(name, (*heads, c.sink + c.residual + 1, D), dtype)
-
-    def slot(self, t):
-        return self.config.slot(t)
 
     def used(self, name, length):
         n, whole = getattr(self, name).shape[2], name.endswith(("window", "order"))

@@ -72,8 +72,7 @@ def dequantize(codes, scale, zero, dim=-1):
 
     codes   uint8 [.., N, ..]; scale, zero [.., N / G, ..] along `dim`: G follows from the shapes
     returns x_hat like codes, clamped to the finite range of scale.dtype
-    raises  ValueError: N is not a multiple of the number of groups
-    """
+    raises  ValueError: N is not a multiple of the number of groups"""
     dim, n, n_groups = dim % codes.dim(), codes.shape[dim], scale.shape[dim]
     if n_groups == 0 or n % n_groups:
         raise ValueError(f"{n} codes cannot belong to {n_groups} groups: "
@@ -111,12 +110,8 @@ def unpack(packed, bits, dim=-1):
     """The inverse of `pack`: bytes [.., N, ..] -> codes uint8 [.., N * 8 / bits, ..]."""
     _check_bits(bits)
     dim %= packed.dim()
-    return torch.stack(planes(packed, bits), dim + 1).flatten(dim, dim + 1)
-
-
-def planes(packed, bits):
-    """The codes of every field of the bytes, lowest bits first: 8 / bits tensors like `packed`."""
-    return [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    fields = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]  # lowest bits first
+    return torch.stack(fields, dim + 1).flatten(dim, dim + 1)
 
 
 def _check_bits(bits):
@@ -174,8 +169,7 @@ def quantize_groups(x, due, config, name, order=None):
 
     x [B, Hk, groups, G, D], due [B, 1, groups, G, 1]; name "k" or "v"; order [B, Hk, 1, D]
     returns bytes [B, Hk, stacks, G, D (+ n)], and scale, zero [B, Hk, groups, 1, D] (K) or
-            [B, Hk, groups, G, D / Gv] (V); a stack is 8 / bits groups that share bytes
-    """
+            [B, Hk, groups, G, D / Gv] (V); a stack is 8 / bits groups that share bytes"""
     if name == "k":
         bits, due_groups = config.k_bits, due[:, :, :, :1]
         codes, scale, zero = key_codes(x, config, order)
@@ -266,23 +260,21 @@ class KVConfig:
     def slot(self, t):
         """Slot of the window where token t lies while it is there: sinks first, then the ring."""
         S, R = self.sink, self.residual
-        return torch.where(t < S, t, S + (t - S) % (R + 1)) if S else t % (R + 1)
+        return torch.where(t < S, t, S + (t - S) % (R + 1))
 
     def in_window(self, pos):
         """[B, slots]: tokens of the window, sinks first, then from pos [B] back to pos - R. Where
         they are fewer than slots, some are there several times."""
         newest, slots = pos[:, None], torch.arange(self.sink + self.residual + 1, device=pos.device)
-        t = newest - slots + self.sink
-        if self.sink:
-            t = torch.where(slots < self.sink, slots, t).minimum(newest)
-        return t.clamp(min=0)
+        t = torch.where(slots < self.sink, slots, newest - slots + self.sink)
+        return t.minimum(newest).clamp(min=0)
 
     def grouped_as(self, t):
         """The token whose key is used for t in its group: t itself, or another one for a sink.
 
         A sink is read from the window and would stretch the range of its group, so the group's
         first token that is no sink takes its place (if all are, nobody reads them)."""
-        return torch.maximum(t, (t | self.group_size - 1).clamp(max=self.sink)) if self.sink else t
+        return torch.maximum(t, (t | self.group_size - 1).clamp(max=self.sink))
 
     def capacity(self, max_len):
         """Tokens of a row of up to max_len that have room for codes: whole key blocks, stacks."""
@@ -314,13 +306,14 @@ class Buffers(nn.Module):
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, dtype, device):
         super().__init__()
-        sizes = {"batch": batch, "n_kv_heads": n_kv_heads, "max_len": max_len, "head_dim": head_dim}
-        if min(sizes.values()) < 1:
-            raise ValueError(f"sizes of a cache must be at least 1: {sizes}")
+        sizes = self.batch, self.n_kv_heads, self.max_len, self.head_dim = (
+            batch, n_kv_heads, max_len, head_dim)
+        if min(sizes) < 1:
+            raise ValueError("sizes of a cache must be at least 1: batch, n_kv_heads, max_len, "
+                             f"head_dim = {sizes}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
-        self.batch, self.n_kv_heads, self.head_dim = batch, n_kv_heads, head_dim
-        self.max_len, self.dtype, self.device = max_len, dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch
         self.register_buffer("rows", torch.arange(batch, device=device), persistent=False)
         self.register_buffer("pos", torch.zeros_like(self.rows), persistent=False)
@@ -352,6 +345,7 @@ class Buffers(nn.Module):
 
     @property
     def nbytes(self):
+        """Bytes that are allocated, however many tokens there are."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers())
 
     def contents(self):
@@ -366,8 +360,11 @@ class Buffers(nn.Module):
 
     def fork(self, row, rows):
         """Copies what a row holds into other rows: `rows` are their numbers."""
+        rows = list(map(int, rows))
+        if not 0 <= min(row, *rows) <= max(row, *rows) < self.batch:
+            raise ValueError(f"rows are 0 .. {self.batch - 1}, got {row} and {rows}")
         for buffer in self.contents().values():
-            buffer[list(rows)] = buffer[row].clone()
+            buffer[rows] = buffer[row].clone()
         for other in rows:
             self.lengths[other] = self.lengths[row]
 
@@ -377,36 +374,39 @@ class Buffers(nn.Module):
         return {"kind": type(self).__name__, "n_kv_heads": self.n_kv_heads,
                 "head_dim": self.head_dim, "dtype": str(self.dtype), **config}
 
-    def state(self):
-        """What continues the cache elsewhere: a dict of its options, `lengths`, and tensors, clones
-        of what is in use."""
-        tensors = {name: x[:, :, : self.used(name, self.length)].clone()
-                   for name, x in self.contents().items() if name != "pos"}
-        return {**self.options(), "lengths": list(self.lengths), **tensors}
+    def state(self, rows=slice(None)):
+        """What continues these rows elsewhere: a dict of the cache's options, `lengths`, and
+        tensors, clones of what is in use. rows is a slice."""
+        lengths = self.lengths[rows]
+        tensors = {name: x.clone() for name, x in self.in_use(rows, max(lengths)).items()}
+        return {**self.options(), "lengths": lengths, **tensors}
+
+    def in_use(self, rows, length):
+        """The parts of the buffers that `length` tokens of these rows use, by name."""
+        return {name: x[rows, :, : self.used(name, length)]
+                for name, x in self.contents().items() if name != "pos"}
 
     def load_state(self, state, row=0):
         """Puts the rows of a `state` into the rows from `row` on. max_len may be another.
 
-        raises ValueError: the state is of a cache with other options, or does not fit
-        """
+        raises ValueError: the state is of a cache with other options, or does not fit"""
         for name, value in self.options().items():
             if state.get(name) != value:
                 raise ValueError(f"the state is of another cache: its {name} is "
                                  f"{state.get(name)}, this one has {value}")
         lengths = state.get("lengths")
-        usable = isinstance(lengths, list) and 0 < len(lengths) <= self.batch - row
+        usable = isinstance(lengths, list) and 0 <= row < row + len(lengths) <= self.batch
         if not usable or any(n not in range(self.max_len + 1) for n in lengths):
             raise ValueError(f"rows of lengths {lengths}, from row {row} on, do not fit into a "
                              f"cache of {self.batch} rows and {self.max_len} tokens")
         rows = slice(row, row + len(lengths))
-        buffers = {name: x[rows] for name, x in self.contents().items() if name != "pos"}
-        places = {name: x[:, :, : self.used(name, max(lengths))] for name, x in buffers.items()}
+        places = self.in_use(rows, max(lengths))
         for name, place in places.items():
             x = state.get(name)
             if not torch.is_tensor(x) or x.shape != place.shape or x.dtype != place.dtype:
                 raise ValueError(f"the state's {name} is missing or damaged")
         for name, place in places.items():
-            buffers[name].zero_()
+            self.get_buffer(name)[rows] = 0
             place.copy_(state[name])
         self.set_lengths(lengths, row)
 

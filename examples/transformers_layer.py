@@ -39,8 +39,6 @@ def store(cache, k, v, pos, replaced):
 @lru_cache
 def compiled_parts(device_type):
     """`store` and the attention of one token, compiled once for all layers of all caches."""
-    limit = torch._dynamo.config.recompile_limit  # caches differ in shape and options
-    torch._dynamo.config.recompile_limit = max(64, limit)
     return torch.compile(store, fullgraph=True, options=EXACT), compiled_attention(device_type)
 
 
@@ -253,7 +251,7 @@ class KiviLayer(DynamicLayer):
     def prefill(self, k, v, lengths):
         """Stores the last `lengths` [B] of the tokens k, v [B, Hk, L, D] of prompts."""
         _, (k, v) = self.to_the_right(lengths, k, v)
-        ends = self.cache.check_new(0, lengths, k=k, v=v)
+        ends, _ = self.cache.check_new(0, lengths, k=k, v=v)
         self.keep(k, v, lengths)
         self.cache.fill(k, v, self.cache.pos, ends)
         self.cache.set_lengths(ends.tolist())

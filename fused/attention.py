@@ -48,11 +48,12 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     """attend(cache, q, pos=None, t=None): the `attention` of KiviCache, compiled for `device`.
 
     q [B, H, 1, D] -> [B, H, 1, D]; pos [B] index of the newest token and t, the tokens to read, as
-    in `kivi.Cache.attend` unless given. One compilation serves all layers and lengths; it can be
-    captured in a CUDA graph. A model's linear layers should stay out of it: the options here would
-    turn their products into kernels, and the library is better at them. A `form` is compiled in
-    place of `attention`, and a `plain` one, of t, computes the same."""
+    in `kivi.Cache.attend` unless given. Caches of one batch, max_len, dtype and options share a
+    compilation, at all lengths, which a CUDA graph can capture. Linear layers stay out of it: the
+    library is better at them. A `form` replaces `attention`; `plain`, of t, computes the same."""
     cuda = torch.device(device).type == "cuda"
+    # Other caches are further compilations, of which Inductor's own limit allows 8 in a process.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
     context = nullcontext
     if cuda:
@@ -92,8 +93,7 @@ def first(x, n, *inner):
 def attention(cache, q, pos, starts):
     """Attention of one query per head: q [B, H, 1, D], pos [B] index of the newest token.
 
-    starts  [nb] first token of every block to read; the one dynamic shape of a decode step
-    """
+    starts  [nb] first token of every block to read; the one dynamic shape of a decode step"""
     rows = query_rows(cache, q)
     scores = packed_scores(cache, rows, starts.shape[0])
     blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], tokens_of(starts, cache.block))

@@ -122,8 +122,6 @@ def compiling(config, device):
     """(what compiles a function, what compiles one with linear layers) for `device`."""
     cuda = torch.device(device).type == "cuda"
     compiled = partial(torch.compile, fullgraph=True, options=EXACT | (SMALL if cuda else {}))
-    # Layers may have bits of their own, and each pair is a compilation.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if cuda and config.weights is not None:
         return compiled, partial(compiled_weights, joined=not config.parallel)
     return compiled, compiled

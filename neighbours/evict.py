@@ -187,7 +187,7 @@ class EvictCache(Cache):
     @torch.no_grad()
     def extend(self, q, k, v, lengths=None):
         """As `Cache.extend`, but the tokens that stay are chosen once, at the end."""
-        ends = self.check_new(0, lengths, k=k, v=v, q=q)
+        ends, _ = self.check_new(0, lengths, k=k, v=v, q=q)
         out = torch.zeros_like(q)
         for row, n in enumerate((ends - self.pos).tolist()):
             if n:
