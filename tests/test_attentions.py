@@ -145,6 +145,19 @@ def test_the_check_of_the_fused_form_notices(bug, monkeypatch):
         check_uncompiled("boosted, 4 sinks, values of 64", torch.float32, monkeypatch)
 
 
+def test_more_caches_than_inductor_allows(monkeypatch, fresh_compiler):
+    """Each batch size is a compilation. Guards against the compiler's own limit of 8."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        attend = compiled_attention("cpu")
+        for batch in range(1, 11):
+            q, k, v = make_tokens("small window", batch, 20)
+            cache = make_cache("small window", batch, 64)
+            cache.prefill(k, v)
+            assert torch.allclose(attend(cache, q), cache.attend(q), atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype, least", ((torch.bfloat16, 2.0**-24), (torch.float16, 2.0**-22)))
 def test_half_precision_reads_codes_exactly(bits, dtype, least):

@@ -98,14 +98,36 @@ def test_an_empty_row_stays_empty(name):
     assert_same(row_state(cache, 1), row_state(make_cache(name), 0))
 
 
+@pytest.mark.parametrize("where", (0, 1))
+@pytest.mark.parametrize("name", SOME)
+def test_padding_may_hold_anything(name, where):
+    """NaN in K or V behind the new tokens of a row. Guards against a product with weights of 0."""
+    _, k, v = make_tokens(name, 2, 160)
+    results = []
+    for padding in (0, torch.nan):
+        cache = make_cache(name, 2)
+        fill(cache, k, v, [60, 30])
+        new = [x[:, :, 60:160].clone() for x in (k, v)]
+        new[where][1, :, 40:] = padding
+        q = randn(2, 2 * k.shape[1], 100, k.shape[3], seed=3)
+        results.append((cache.extend(q, *new, [100, 40]), state(cache)))
+    (clean, before), (found, after) = results
+    assert torch.equal(found[0], clean[0]) and torch.equal(found[1, :, :40], clean[1, :, :40])
+    assert_same(before, after)
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_a_fork_is_the_row_itself(name):
-    """Guards against a copy that shares memory with its source or leaves out a buffer, and against
-    lengths that stay."""
+    """Guards against a copy that shares memory with its source or leaves out a buffer, against
+    lengths that stay, and against rows that are not there, of which half is copied."""
     _, k, v = make_tokens(name, 3, 200)
     cache = make_cache(name, 3)
     fill(cache, k, v, [90, 5, 170])
-    cache.fork(2, (0, 1))
+    before = state(cache)
+    for row, rows in ((2, [1, 3]), (2, [-1]), (3, [0])):
+        refused(lambda: cache.fork(row, rows), 0, 2, rows[-1])
+    assert_same(state(cache), before)
+    cache.fork(2, (n for n in (0, 1)))
     assert cache.lengths == [170, 170, 170] == cache.pos.tolist()
     assert_same(row_state(cache, 0), row_state(cache, 2))
     append(cache, k, v, [170, 171, 172])
@@ -124,6 +146,10 @@ def test_a_state_goes_on_in_another_cache(name, max_len):
     cache = make_cache(name, 2)
     fill(cache, k, v, [130, 40], steps=9)
     saved = cache.state()
+    one = make_cache(name, 1)
+    fill(one, k[1:], v[1:], [49])
+    assert all(torch.equal(x, cache.state(slice(1, 2))[n]) for n, x in one.state().items()
+               if torch.is_tensor(x))
     other = make_cache(name, 3, max_len)
     fill(other, k[[1, 0, 1]], v[[1, 0, 1]], [200, 250, 290])
     other.load_state(saved, row=1)
@@ -161,7 +187,8 @@ def test_a_state_of_another_cache_is_refused():
     ):
         refused(lambda: cache.load_state(saved | changed), *words)
     refused(lambda: make_cache("full").load_state(saved), "kind", "KiviCache", "FullCache")
-    refused(lambda: cache.load_state(saved, row=1), 1, 80, 512)
+    for row in (1, -1):
+        refused(lambda: cache.load_state(saved, row=row), row, 80, 512)
     assert_same(state(cache), before)
 
 
