@@ -148,7 +148,8 @@ def test_the_check_of_the_fused_form_notices(bug, monkeypatch):
 def test_more_caches_than_inductor_allows(monkeypatch, fresh_compiler):
     """Each batch size is a compilation. Guards against the compiler's own limit of 8."""
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda fn, fullgraph, options: compiled(
+        fn, backend="eager", fullgraph=fullgraph))  # no Inductor, which takes long
     with torch._dynamo.config.patch(recompile_limit=8):
         attend = compiled_attention("cpu")
         for batch in range(1, 11):
