@@ -119,7 +119,8 @@ class Cache(Buffers):
         returns [B, H, n, D], of no meaning where a row is padded
         raises ValueError: a row is full; wrong shape, dtype, device or length; NaN or inf"""
         ends, real = self.check_new(0, lengths, k=k, v=v, q=q)
-        k, v = (torch.where(real[:, None, :, None], x, 0) for x in (k, v))  # padding may hold NaN
+        if lengths is not None:  # padding may hold NaN
+            k, v = (torch.where(real[:, None, :, None], x, 0) for x in (k, v))
         start, held, out = self.pos[:, None, None], self.tokens(self.length), []
         for i in torch.arange(k.shape[2], device=q.device).split(512):  # queries at a time
             own, last = start + i[:, None], int(i[-1]) + 1  # none sees new tokens from `last` on

@@ -306,13 +306,13 @@ class Buffers(nn.Module):
 
     def __init__(self, batch, n_kv_heads, max_len, head_dim, dtype, device):
         super().__init__()
-        sizes = self.batch, self.n_kv_heads, self.max_len, self.head_dim = (
-            batch, n_kv_heads, max_len, head_dim)
+        sizes = batch, n_kv_heads, max_len, head_dim
         if min(sizes) < 1:
             raise ValueError("sizes of a cache must be at least 1: batch, n_kv_heads, max_len, "
                              f"head_dim = {sizes}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"a cache holds float32, bfloat16 or float16, not {dtype}")
+        self.batch, self.n_kv_heads, self.max_len, self.head_dim = sizes
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = [0] * batch
         self.register_buffer("rows", torch.arange(batch, device=device), persistent=False)
@@ -361,7 +361,7 @@ class Buffers(nn.Module):
     def fork(self, row, rows):
         """Copies what a row holds into other rows: `rows` are their numbers."""
         rows = list(map(int, rows))
-        if not 0 <= min(row, *rows) <= max(row, *rows) < self.batch:
+        if {row, *rows} - {*range(self.batch)}:
             raise ValueError(f"rows are 0 .. {self.batch - 1}, got {row} and {rows}")
         for buffer in self.contents().values():
             buffer[rows] = buffer[row].clone()

@@ -52,7 +52,7 @@ def compiled_attention(device, form=None, plain=Cache.attention):
     compilation, at all lengths, which a CUDA graph can capture. Linear layers stay out of it: the
     library is better at them. A `form` replaces `attention`; `plain`, of t, computes the same."""
     cuda = torch.device(device).type == "cuda"
-    # Other caches are further compilations, of which Inductor's own limit allows 8 in a process.
+    # Other caches are further compilations, of which the compiler allows 8 in a process by itself.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     quantized = torch.compile(form or attention, fullgraph=True, options=OPTIONS if cuda else None)
     context = nullcontext

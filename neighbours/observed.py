@@ -100,7 +100,8 @@ class ObservedCache(Cache):
     @torch.no_grad()
     def extend(self, q, k, v, lengths=None):
         """`Cache.extend`, row by row, each as `model.Block.extend` reads a prompt."""
-        (ends, _), out = self.check_new(0, lengths, k=k, v=v, q=q), torch.zeros_like(q)
+        ends, _ = self.check_new(0, lengths, k=k, v=v, q=q)
+        out = torch.zeros_like(q)
         for row, (held, end) in enumerate(zip(self.lengths, ends.tolist())):
             one = slice(row, row + 1)
             new_q, new_k, new_v = (x[one, :, : end - held] for x in (q, k, v))

@@ -28,7 +28,7 @@ class Tier(Buffers):
     size    tokens that come at a time, whole groups
     block   tokens that attention reads at a time, whole stacks
 
-    Boosted are the channels that are loudest in a row's first `size` tokens, sinks left out.
+    Boosted are the channels of the widest range in a row's first `size` tokens, sinks left out.
     """
 
     sliding = None

@@ -2,7 +2,7 @@
 
 When R tokens leave the window, those that got the most attention go to the `hi` tier (4 bits), the
 others to the `lo` tier (2 bits), both in KIVI's layout: K per channel in groups of G tokens of one
-tier, V per token. The loudest key channels of the `lo` tier have twice its bits. Exact are the
+tier, V per token. The widest key channels of the `lo` tier have twice its bits. Exact are the
 first S tokens, and all from the last multiple of R on, as it was `lag` tokens ago. Shapes never
 depend on the data: of R tokens a tier gets as many every time.
 

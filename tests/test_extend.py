@@ -127,6 +127,8 @@ def test_a_fork_is_the_row_itself(name):
     for row, rows in ((2, [1, 3]), (2, [-1]), (3, [0])):
         refused(lambda: cache.fork(row, rows), 0, 2, rows[-1])
     assert_same(state(cache), before)
+    cache.fork(2, [])  # a batch of one prompt has no others
+    assert_same(state(cache), before)
     cache.fork(2, (n for n in (0, 1)))
     assert cache.lengths == [170, 170, 170] == cache.pos.tolist()
     assert_same(row_state(cache, 0), row_state(cache, 2))
