@@ -43,9 +43,10 @@ def compiled_parts(device_type):
 
 
 class Graphs(dict):
-    """CUDA graphs of a layer's step, and its output there, by the tokens that attention reads."""
+    """CUDA graphs of a layer's step, and its output there, by the tokens that attention reads and
+    whether a key block is complete then."""
 
-    inputs = None  # q, k and v of a step, where the graphs read them
+    inputs = None  # q, k and v of a step [B, H + 2 Hk, 1, D], where the graphs read them
 
     def __deepcopy__(self, memo):
         return Graphs()  # they know the addresses of the cache that is copied
@@ -142,9 +143,9 @@ class KiviLayer(DynamicLayer):
         mask, lengths, causal  see `examine`
         """
         L = q.shape[2]
+        if L == 1 and causal:
+            return self.step(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
-            if L == 1 and causal:
-                return self.step(q, k, v)
             if causal and (L > DRAFTS or min(lengths) < L):
                 return self.extend(q, k, v, lengths)
             if min(lengths) < L:
@@ -172,54 +173,55 @@ class KiviLayer(DynamicLayer):
         if compiled is None:
             compiled = q.is_cuda
         if compiled and q.is_cuda:
-            out = self.replay(q, k, v)
-        else:
-            parts = compiled_parts(q.device.type) if compiled else (store, KiviCache.attention)
-            out = self.run(parts, q, k, v, cache.tokens(cache.length))
-        if cache.completes_key_block():
-            cache.quantize_keys(cache.pos - 1)
-        return out
+            return self.replay(q, k, v)
+        parts = compiled_parts(q.device.type) if compiled else (store, KiviCache.attention)
+        return self.run(parts, q, k, v, cache.length)
 
-    def run(self, parts, q, k, v, t):
+    def run(self, parts, q, k, v, length):
         cache, (store, attend) = self.cache, parts
-        store(cache, k, v, cache.pos, self.one)
-        out = attend(cache, q, cache.pos, t)
-        cache.pos += 1
+        with torch.autocast(q.device.type, enabled=False):
+            store(cache, k, v, cache.pos, self.one)
+            out = attend(cache, q, cache.pos, cache.tokens(length))
+            if cache.completes_key_block():
+                cache.quantize_keys(cache.pos)
+            cache.pos += 1
         return out
 
     def replay(self, q, k, v):
         """`run` as the replay of a CUDA graph, in which the host has next to nothing to do."""
         cache, graphs = self.cache, self.graphs
-        t = cache.tokens(bucket(cache.length, cache.block))
+        length = bucket(cache.length, cache.block)
+        kind = length, cache.completes_key_block()
         with torch.cuda.device(q.device):
-            if len(t) not in graphs:
-                self.capture(q, k, v, t)
-            for x, new in zip(graphs.inputs, (q, k, v)):
-                x.copy_(new)
-            graph, out = graphs[len(t)]
+            if kind not in graphs:
+                graphs[kind] = self.capture(q, k, v, length)
+            torch.cat([q, k, v], 1, out=graphs.inputs)  # one launch instead of three copies
+            graph, out = graphs[kind]
             graph.replay()
         return out  # read before the layer's next step, which will write there
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def capture(self, q, k, v, t):
-        """Captures a step in a graph. The cache afterwards is the one from before."""
-        graphs, parts = self.graphs, compiled_parts("cuda")
+    def capture(self, q, k, v, length):
+        """A step in a graph, and where it puts its output. The cache afterwards is the one from
+        before."""
+        graphs, parts, device = self.graphs, compiled_parts("cuda"), q.device
         if graphs.inputs is None:
-            graphs.inputs = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
-        main, stream = torch.cuda.current_stream(), side_stream(t.device)
+            graphs.inputs = torch.cat([q, k, v], 1)
+        q, k, v = graphs.inputs.split([x.shape[1] for x in (q, k, v)], 1)
+        main, stream = torch.cuda.current_stream(), side_stream(device)
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
-            self.run(parts, *graphs.inputs, t)  # compiles
+            self.run(parts, q, k, v, length)  # compiles
         main.wait_stream(stream)
         self.take_back(1)
         self.cache.advance()
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile: a streamer does.
         with torch.cuda.graph(graph, pool=self.call.pool, capture_error_mode="thread_local"):
-            out = self.run(parts, *graphs.inputs, t)
+            out = self.run(parts, q, k, v, length)
         self.call.pool = graph.pool()
-        graphs[len(t)] = graph, out
+        return graph, out
 
     def drafts(self, q, k, v):
         """A few tokens, read as by so many steps."""
