@@ -35,7 +35,7 @@ NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options
 APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate"),
          *(("skip", other) for other in ("speculate", "interactive", "prefix", "save_cache",
                                          "load_cache"))]
-RESIZED = ("interactive", "prefix", "save_cache", "load_cache")  # move caches to other capacities
+OTHER_TEXTS = ("interactive", "prompts", "save_cache", "load_cache")  # also decide a capacity
 
 
 def main(argv=None):
@@ -118,11 +118,11 @@ def check_options(args):
 
 
 def check_capacities(args, configs):
-    """Raises ValueError for caches that hold a share of the capacity, where that changes."""
-    for name in RESIZED:
+    """Raises ValueError for caches of a share of the capacity, where other texts decide that."""
+    for name in OTHER_TEXTS:
         if getattr(args, name) and any(getattr(c, "by_capacity", False) for c in configs):
-            raise ValueError(f"--{name.replace('_', '-')} changes the capacity, of which "
-                             f"--kv {args.kv} holds a share: use h2o:slots=N or another --kv")
+            raise ValueError(f"--{name.replace('_', '-')} lets other texts decide the capacity, of "
+                             f"which --kv {args.kv} holds a share: use h2o:slots=N or another --kv")
 
 
 def load_draft(name, tokenizer, **options):

@@ -3,6 +3,7 @@
 The reference reads tokens one after the other, in float64 and with a dictionary for slots.
 """
 import itertools
+import json
 import re
 from unittest.mock import Mock
 
@@ -487,6 +488,24 @@ def test_the_program_runs_with_the_embedded_model():
     found = result_of("--kv", "h2o:0.2", "--max-new-tokens", 40, "--temperature", 0)
     assert found["new_tokens"] == 40 and found["kv"] == "h2o:0.2"
     assert found["kv_bytes"] < 0.25 * found["kv_bytes_full"]
+
+
+def test_a_text_does_not_depend_on_the_others_of_its_file(checkpoint, files, tmp_path):
+    """Guards against a share of the capacity, which the longest prompt decides."""
+    file, texts = tmp_path / "prompts.txt", []
+
+    def answers(kv):
+        return run("--checkpoint", checkpoint, "--prompts", file, "--kv", kv, "--temperature", 0,
+                   "--max-new-tokens", 20, "--json")
+
+    for other in ("And then", "A prompt that is longer than the other one"):
+        file.write_text(f"One day the old man\n{other}\n")
+        code, out, err = answers("h2o:slots=12")
+        assert code == 0, err
+        texts.append(json.loads(out.splitlines()[0])["text"])
+        for kv in ("h2o:0.2", files["gate"]):
+            check_error(answers(kv), "--prompts", "h2o:slots=N")
+    assert texts[0] == texts[1]
 
 
 def test_a_conversation_goes_on_from_what_is_held(monkeypatch):
