@@ -6,20 +6,18 @@ A token is never dropped while it is one of the first S, *sinks*, or of the newe
     H2O (arXiv 2306.14048)             it is worth the attention of all queries so far,
       the same, `mean`                 .. divided by the queries that could see it (ZipCache's)
     PrefixKV (arXiv 2412.03409)        as H2O, and the layers have slots of their own
-    Attention-Gate (arXiv 2410.12876)  a linear estimate of the logarithm of that mean, from its
-                                       value and the sizes of its key's rotary pairs alone
+    Attention-Gate (arXiv 2410.12876)  a linear estimate of the logarithm of that mean, by K and V
 
 As published  H2O: sums by KV head, half of the slots for the newest, prompts read exactly first.
               PrefixKV: the search for the slots of the layers, the first token kept.
 Not           H2O: slots are a share of the row's capacity, as buffers are static. PrefixKV: slots
               come in 64s, and each KV head chooses, by sums that decoding goes on with; the paper's
-              one choice a layer, and then a sliding window, measured worse. Attention-Gate: a
-              stand-in without training; the paper trains a block in front of every layer, and none
-              is public.
+              one choice a layer, and then a sliding window, measured worse. Attention-Gate: not
+              trained; the paper trains a block in front of every layer, and none is public.
 
 Tokens take the slots in turn until all are full; the order of slots means nothing."""
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -57,8 +55,8 @@ class EvictConfig(KVConfig):
             raise ValueError(f"sink, residual and slots must be 0 or more tokens and the share lie "
                              f"in 0 .. 1: {self.sink}, {self.residual}, {self.slots}, {self.share}")
         if self.slots and self.slots <= self.sink + self.residual:
-            raise ValueError(f"{self.slots} slots leave none for others than {self.sink} sinks and "
-                             f"the {self.residual} newest tokens: use more slots")
+            raise ValueError(f"{self.sink} sinks and the {self.residual} newest tokens leave none "
+                             f"of {self.slots} slots: use more slots, or a larger share")
 
     def stored_bits(self, head_dim):
         """Numbers of 16 bits, and three of 32 a slot; a share also counts what has no slot."""
@@ -76,10 +74,12 @@ class EvictCache(Cache):
     @torch.inference_mode(False)
     def __init__(self, config, batch, n_kv_heads, max_len, head_dim, dtype=torch.float32,
                  device="cpu"):
-        # Its block is a whole row: all slots are read at any length, and one graph serves all.
+        # `Cache` reads whole blocks of tokens: with one of max_len, every step reads all slots.
         super().__init__(batch, n_kv_heads, max_len, head_dim, max_len, None, dtype, device)
-        least = config.sink + config.residual + 1
-        self.config, self.slots = config, config.slots or max(int(config.share * max_len), least)
+        slots = config.slots or max(1, int(config.share * max_len))
+        if config.residual:
+            replace(config, slots=slots).check(head_dim)
+        self.config, self.slots = config, max(slots, config.sink + 1)
         self.recent = config.residual or min(self.slots // 2, self.slots - config.sink)
         self.gate = None if config.gate is None else config.gate.to(device)
         self.sums = None  # of the prompt that is being read: attention by token, held ones first
@@ -105,7 +105,7 @@ class EvictCache(Cache):
 
     def worth(self, score, born, queries, length):
         """[B, Hk, n]: the least goes first, where so many queries were and the row is so long."""
-        if self.config.mean:
+        if self.config.mean:  # token born - 1 was seen by queries - (born - 1) queries
             score = score / (queries + 1 - born)
         kept = (born <= self.config.sink) | (born > length - self.recent)
         return torch.where(kept, torch.inf, score)
@@ -117,7 +117,8 @@ class EvictCache(Cache):
         return (features(k, v) * self.gate[:, None]).sum(-1)
 
     def write(self, k, v, pos):
-        """Writes token pos [B, 1] of every row, twice to the same slot: k, v [B, Hk, 1, D]."""
+        """Writes token pos [B, 1] of every row: k, v [B, Hk, 1, D]. A step may run twice: then
+        it finds its token there (`again`), takes that slot and does not count `newest` again."""
         pos = pos[:, :, None]
         born = torch.where(pos == 0, 0, self.born)  # the row begins anew
         again = born == pos + 1
@@ -149,7 +150,7 @@ class EvictCache(Cache):
             return
         past, before = self.sums, k.shape[2] - q.shape[2]
         self.sums = sums_of_rows(q, k, real)
-        if past is not None and past.shape[2] == before:  # else of a prompt that came to no end
+        if past is not None and past.shape[2] == before:  # another length: of an interrupted prompt
             self.sums[:, :, :before] += past
 
     def fill(self, k, v, start, ends, row=0):

@@ -278,7 +278,7 @@ def test_sizes_are_those_of_the_buffers():
     """Guards against slots that sinks and newest tokens fill, a share that counts as all, traffic
     of tokens that are not held."""
     cache = make(EvictConfig(slots=10, sink=8), dtype=torch.bfloat16)
-    assert cache.recent == 2 and make(EvictConfig(share=0.01, sink=8, residual=5)).slots == 14
+    assert cache.recent == 2 and make(EvictConfig(share=0.01, sink=8)).slots == 9
     kept = sum(x.numel() * x.itemsize for name, x in cache.contents().items() if name != "pos")
     assert cache.config.stored_bits(D) == 8 * kept / (2 * HK * 10 * D)
     assert EvictConfig(share=0.25).stored_bits(D) == cache.config.stored_bits(D) / 4
@@ -545,6 +545,9 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     refused(kv("h2o:0.2", group_size=16), "--group-size")
     refused(kv("h2o:slots=64", sink=4, residual=60), 64, 60, "more slots")
     refused(kv("h2o:0.2", sink=-1), -1)
+    for newest in (15, 300):  # the share of 80 tokens is 16 slots
+        refused(kv("h2o:0.2", sink=1, residual=newest), 16, newest, "larger share")
+    kv("h2o:0.2", sink=1, residual=14)()
     for wrong in ("prefixkv", "gate", f"gate:{tmp_path / 'none'}", f"gate:{__file__}"):
         refused(kv(wrong), "neighbours.calibrate")
     refused(kv(files["gate"].replace("gate:", "prefixkv:")), "prefixkv", "not written")
