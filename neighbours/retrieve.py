@@ -12,8 +12,8 @@ middle of their range. Bounds say little of channels that RoPE turns around with
 
 Quest (arXiv 2406.10774) keeps such bounds beside a full-precision cache; KIVI has them already.
 As published: the bound, and a fixed number of tokens a step. Not: its pages are 16 tokens, and its
-first two layers read everything. With by=mean a page counts by its mean key, as a block does in
-ReKV (arXiv 2503.00540); the middle of a channel's range stands for the mean. Not of ReKV: one
+first two layers read everything. With by=mean a page counts by its mean key (over its groups, of
+the middle of a channel's range), as a block does in ReKV (arXiv 2503.00540). Not of ReKV: one
 choice for all heads and a whole answer, new positions, blocks on the host (`state` is there).
 
     --kv kivi2:read=2048, kivi2+:read=4096 (means by=loud), kivi2+:read=4096,by=mean
@@ -66,14 +66,18 @@ def bounds(cache, rows, n_pages):
                    for x in (cache.k_scale, cache.k_zero))
     if c.boost:
         rows = stored(rows.gather(-1, cache.k_order.long()[:, :, None].expand_as(rows)))
-    half = middle(c.k_bits, c.boosted(D), D, rows.device)  # of the range of a channel's codes
-    if cache.by == "loud" and rows.dtype == torch.float16:  # its `numbers` are from 0 on
+    # max(q min, q max) = q zero + 2 max(q, 0) half scale, and of the middle q zero + q half scale.
+    half = middle(c.k_bits, c.boosted(D), D, rows.device)  # (2^bits - 1) / 2
+    if cache.by == "loud" and rows.dtype == torch.float16:
+        # `numbers` gives codes from 0 instead of centred ones: their middle is not added here.
         loudest = torch.arange(D, device=rows.device) < c.boosted(D)
         half = half - torch.where(loudest, (2**c.k_bits - 1) / 2, 0)
     reach = (2 * rows.clamp(min=0) if cache.by == "bound" else rows) * half
     scores = product((rows, zero, 1.0), (reach.to(rows.dtype), scale, 1.0))
     scores = scores.unflatten(-1, (n_pages, GROUPS))
-    return with_loudest(cache, rows, scores) if cache.by == "loud" else scores.amax((2, 4))
+    if cache.by == "loud":
+        return with_loudest(cache, rows, scores)
+    return (scores.mean(4) if cache.by == "mean" else scores.amax(4)).amax(2)
 
 
 def with_loudest(cache, rows, scores):
@@ -95,8 +99,7 @@ def pages_of(cache, rows, pos, n_pages):
     """The pages that a step reads, [B, Hk, chosen + newest], and the first of the newest, [B].
 
     rows [B, Hk, M, D] of queries at pos [B]; of the first n_pages are chosen, -1 where there are
-    fewer. The newest hold the keys of exact values: they come last, in order, and are always read.
-    """
+    fewer. The newest hold keys of exact values: they come last, in order, and are always read."""
     device = pos.device
     page = torch.arange(n_pages, dtype=torch.int32, device=device)
     newest = (pos - cache.config.residual).clamp(min=0).int() // cache.page  # [B]
@@ -112,8 +115,8 @@ def pages_of(cache, rows, pos, n_pages):
     above = (other > own) | (other == own) & (page < page[:, None])
     rank = torch.where(there, stored(above.sum(-1, dtype=torch.int32)), -1)  # [B, Hk, pages]
     place = torch.arange(cache.n_chosen, device=device)[:, None]
-    chosen = (rank[:, :, None] == place) * (page + 1)  # [B, Hk, chosen, pages], one is not 0
-    chosen = chosen.sum(-1, dtype=torch.int32) - 1
+    chosen = (rank[:, :, None] == place) * (page + 1)  # [B, Hk, chosen, pages], one is not 0:
+    chosen = chosen.sum(-1, dtype=torch.int32) - 1  # the page whose rank is `place`, -1 if none
     always = newest[:, None] + torch.arange(cache.n_newest, dtype=torch.int32, device=device)
     always = torch.where(always < n_pages, always, -1)[:, None].expand(-1, cache.n_kv_heads, -1)
     return torch.cat([chosen, always], 2), newest
@@ -121,16 +124,14 @@ def pages_of(cache, rows, pos, n_pages):
 
 def newest_pages(residual, page):
     """Pages that can hold the tokens with an exact value and a quantized key."""
-    aligned = residual % page == 0 or page % residual == 0
-    return -(-residual // page) + (not aligned)
+    return -(-residual // page) + bool(residual % page and page % residual)
 
 
 def gathered(pages, n_pages, x, n, entries, *inner):
     """As `fused.attention.first`, but n blocks of the pages [B, Hk, n, W] of the first n_pages.
 
     n_pages is no constant to the compiler. With one, Inductor (2.11) gives the loads of pages a
-    mask with which they have no shape for a product.
-    """
+    mask with which they have no shape for a product."""
     B, Hk = (torch.arange(size, device=x.device) for size in x.shape[:2])
     x = first(x, n_pages, entries // pages.shape[3], *inner)
     return x[B[:, None, None, None], Hk[:, None, None], pages.clamp(min=0)].flatten(3, 4)
@@ -149,14 +150,13 @@ def fused_attention(cache, q, pos, starts):
     scores = packed_scores(cache, rows, pages.shape[2], part)
     t = tokens_of(torch.where(pages < 0, FAR, pages * cache.page), cache.page).flatten(3)
     blocks = softmax_of_blocks(cache, scores, pos, pos[:, None], t, part)
-    begin = (newest - cache.n_chosen)[:, None] * cache.page
+    begin = (newest - cache.n_chosen)[:, None] * cache.page  # if the chosen stood right before them
     window = softmax_of_window(cache, rows, scores, pos, begin)
     return joined(blocks, window).view(q.shape).to(q.dtype)
 
 
 class RetrieveCache(KiviCache):
-    """A KiviCache that reads `read` quantized tokens a step, see ReadConfig. `extend` and a prompt
-    behind a past read everything."""
+    """A KiviCache: a step reads `read` quantized tokens, `extend` and a further prompt all."""
 
     fused = staticmethod(fused_attention)
 

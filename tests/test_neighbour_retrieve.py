@@ -160,6 +160,22 @@ def test_no_key_scores_more_than_its_bound(preset):
     assert (middle < most).all()
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_page_counts_by_its_mean_key(preset):
+    """The mean over its groups of the middles of the ranges of the keys themselves. Guards against
+    the best of its groups, which is no mean, and the middle of boosted codes of too few bits."""
+    config = ReadConfig(**vars(PRESETS[preset]), read=512, by="mean")
+    cache = config.make(1, 2, 1700, 64, sliding=None, dtype=torch.float32, device="cpu")
+    k, n = keys_like(1, 2, T, 64, seed=4), 1536 // cache.page - 1
+    cache.prefill(k, randn(1, 2, T, 64, seed=5))
+    k[:, :, : config.sink] = k[:, :, config.sink, None]  # sinks do not stretch the first range
+    groups = k[:, :, : n * cache.page].unflatten(2, (n, 4, -1)).double()
+    means = ((groups.amin(4) + groups.amax(4)) / 2).mean(3)  # [1, Hk, pages, D]
+    rows = randn(1, 2, 3, 64, seed=6)
+    want = (rows.double() @ means.mT).amax(2)
+    assert rel(bounds(cache, rows, n), want) < 1e-5
+
+
 @pytest.mark.parametrize("residual", (96, 128, 256))
 @pytest.mark.parametrize("max_len", (1600, 5000, 10000, 70000))
 def test_whole_blocks_lie_in_the_buffers(residual, max_len):
