@@ -104,14 +104,6 @@ class NuqCache(Cache):
     def quantize_keys(self, pos):
         """Nothing: `write` has done it."""
 
-    def portions(self, n):
-        if not torch.compiler.is_compiling():
-            return super().portions(n)
-        # Not by n, of which one compilation serves all. Two, as joining them makes the result one
-        # piece of memory: what CUDA's attention returns is not, and `view` needs it.
-        middle = self.n_kv_heads // 2
-        return [slice(0, middle), slice(middle, self.n_kv_heads)][middle == 0 :]
-
     def write(self, k, v, pos):
         super().write(k, v, pos)
         for name, x in self.encoded(k, v, pos).items():
@@ -120,7 +112,7 @@ class NuqCache(Cache):
     def fill(self, k, v, start, ends, row=0):
         rows, starts, stops = slice(row, row + len(k)), start[:, None], ends[:, None]
         end = min(max(self.lengths[rows]) + k.shape[2], self.max_len)
-        width = 16 * k[:, :, 0].numel()  # temporaries are larger than KIVI's: fewer tokens at once
+        width = 16 * k[:, :, 0].numel()  # numbers of temporaries a token: about 16 times those of K
         for first, last in slices(min(self.lengths[rows]), end, width, 1):
             t = self.index[None, first:last]
             new = ((t >= starts) & (t < stops))[:, None, :, None]
@@ -145,7 +137,8 @@ class NuqCache(Cache):
                 **self.coded("k", k, self.k_zero, self.k_scale)}
 
     def coded(self, name, x, zero, scale):
-        """Codes of x [B, Hk, n, D], and what they miss where that is most: the two add up."""
+        """Codes of x [B, Hk, n, D]. The numbers of a token with the largest errors are outliers,
+        stored as that error beside their code (KVQuant: the number itself, and no code)."""
         levels, limit = getattr(self, f"{name}_levels"), torch.finfo(self.metadata).max
         codes = nearest((x - zero) / scale, levels)
         missed = tokenwise(x - (levels[codes.int()] * scale + zero))
@@ -179,6 +172,14 @@ class NuqCache(Cache):
         ours = (channel >= 0) & (channel < x.shape[-1])  # and not of other heads
         x = x.scatter_add(-1, torch.where(ours, channel, 0), torch.where(ours, outlier.float(), 0))
         return x[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def portions(self, n):
+        if not torch.compiler.is_compiling():
+            return super().portions(n)
+        # Not by n, of which one compilation serves all. Two, as joining them makes the result one
+        # piece of memory: what CUDA's attention returns is not, and `view` needs it.
+        middle = self.n_kv_heads // 2
+        return [slice(0, middle), slice(middle, self.n_kv_heads)][middle == 0 :]
 
 
 def configs(bits, file, model):
