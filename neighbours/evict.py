@@ -21,9 +21,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fused.full import causal
 from kivi import Cache
-from neighbours.observed import sums_of_rows
+from neighbours.observed import ObservedCache, sums_of_rows
 from quantize import KVConfig
 
 
@@ -54,7 +53,7 @@ class EvictConfig(KVConfig):
         if min(self.sink, self.residual, self.slots) < 0 or not 0 < self.share <= 1:
             raise ValueError(f"sink, residual and slots must be 0 or more tokens and the share lie "
                              f"in 0 .. 1: {self.sink}, {self.residual}, {self.slots}, {self.share}")
-        if self.slots and self.slots <= self.sink + self.residual:
+        if 0 < self.slots <= self.sink + self.residual:
             raise ValueError(f"{self.sink} sinks and the {self.residual} newest tokens leave none "
                              f"of {self.slots} slots: use more slots, or a larger share")
 
@@ -185,21 +184,7 @@ class EvictCache(Cache):
             buffer[rows] = 0
             buffer[rows, :, : best.shape[2]] = x[place]
 
-    @torch.no_grad()
-    def extend(self, q, k, v, lengths=None):
-        """As `Cache.extend`, but the tokens that stay are chosen once, at the end."""
-        ends, _ = self.check_new(0, lengths, k=k, v=v, q=q)
-        out = torch.zeros_like(q)
-        for row, n in enumerate((ends - self.pos).tolist()):
-            if n:
-                own = slice(row, row + 1)
-                queries, *new = (x[own, :, :n] for x in (q, k, v))
-                keys, values = (torch.cat(pair, 2) for pair in zip(self.dequantized(own), new))
-                out[own, :, :n] = causal(queries, keys, values)
-                self.observe(queries, keys, row, ends[own])
-                self.fill(*new, self.pos[own], ends[own], row)
-        self.set_lengths(ends.tolist())
-        return out
+    extend = ObservedCache.extend  # the tokens that stay are chosen once, at the end
 
 
 def features(k, v):

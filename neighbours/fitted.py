@@ -18,8 +18,10 @@ def read(file, method, shapes):
 
     raises ValueError: no such file, of another method or another model, damaged
     """
-    with one_line(f"{file or 'no file'} cannot be used, make one with "
-                  f"`python -m neighbours.calibrate {method} FILE`"):
+    how = f"make one with `python -m neighbours.calibrate {method} FILE`"
+    if not file:
+        raise ValueError(f"{method} needs a file behind a colon: {how}")
+    with one_line(f"{file} cannot be used, {how}"):
         with safe_open(file, "pt") as content:
             if (content.metadata() or {}).get("method") != method:
                 raise ValueError(f"it was not written for {method}")

@@ -211,10 +211,10 @@ class RetrieveCache(KiviCache):
 
 def configs(preset, argument, model):
     """The configs of `PRESET:read=N,by=KIND` for every layer; by loud channels if it has them."""
-    options = {"by": "loud" if preset.boost else "bound"}
+    options, by = {}, "loud" if preset.boost else "bound"
     for part in argument.split(","):
         name, _, value = part.partition("=")
-        if name not in ("read", "by") or name == "read" and not value.isdecimal():
-            raise ValueError(f"unknown {part!r} behind --kv's colon: use read=TOKENS, by=KIND")
+        if name not in {"read", "by"} - {*options} or name == "read" and not value.isdecimal():
+            raise ValueError(f"--kv cannot use {part!r}: use read=TOKENS, by=KIND, each once")
         options[name] = int(value) if name == "read" else value
-    return [ReadConfig(**vars(preset), **options)] * model.config.n_layers
+    return [ReadConfig(**vars(preset), **{"by": by} | options)] * model.config.n_layers

@@ -61,7 +61,8 @@ class TierConfig(KVConfig):
             (min(hi, lo) < G, f"share {self.share} of residual {hi + lo} leaves a tier without a "
                               f"group of {G} tokens: use another share, or a larger residual"),
             (self.sink > lo, f"sink must be at most {lo} tokens here, got {self.sink}"),
-            (self.lag < 0 or self.every < 1, "lag must be 0 or more, every 1 or more"),
+            (self.lag < 0 or self.every < 1 or self.mean not in (0, 1),
+             "lag must be 0 or more, every 1 or more, mean 0 or 1"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -191,7 +192,7 @@ class TierCache(ObservedCache):
         return joined(blocks, window).view(q.shape).to(q.dtype)
 
 
-def tiers(argument, model, **preset):
+def tiers(argument, model, method="tiers", **preset):
     """The configs of `tiers` and of `tiers:share=0.5,lag=32`; lo is both bits of that tier."""
     kinds = {"lo": int} | {field.name: type(field.default) for field in fields(TierConfig)}
     for option in filter(None, argument.split(",")):
@@ -199,10 +200,11 @@ def tiers(argument, model, **preset):
         try:
             new = kinds[name](value)
         except (KeyError, ValueError):
-            raise ValueError(f"tiers cannot use {option!r}: write numbers of {', '.join(kinds)} as "
-                             "in tiers:share=0.5,lag=32") from None
+            raise ValueError(f"{method} cannot use {option!r}: write numbers of {', '.join(kinds)} "
+                             f"as in {method}:share=0.5,lag=32, each once") from None
+        del kinds[name]
         preset |= {"k_bits": new, "v_bits": new} if name == "lo" else {name: new}
     return [TierConfig(**preset)] * model.config.n_layers
 
 
-mikv = partial(tiers, hi=8, mean=0, sink=0, boost=0, v_group_size=0)
+mikv = partial(tiers, method="mikv", hi=8, mean=0, sink=0, boost=0, v_group_size=0)

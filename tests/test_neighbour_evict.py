@@ -548,6 +548,8 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     for newest in (15, 300):  # the share of 80 tokens is 16 slots
         refused(kv("h2o:0.2", sink=1, residual=newest), 16, newest, "larger share")
     kv("h2o:0.2", sink=1, residual=14)()
+    for method in ("prefixkv", "gate"):
+        refused(kv(f"{method}:"), f"{method} needs a file", f"neighbours.calibrate {method}")
     for wrong in ("prefixkv", "gate", f"gate:{tmp_path / 'none'}", f"gate:{__file__}"):
         refused(kv(wrong), "neighbours.calibrate")
     refused(kv(files["gate"].replace("gate:", "prefixkv:")), "prefixkv", "not written")

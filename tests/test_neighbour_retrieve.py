@@ -263,6 +263,8 @@ def test_from_the_command_line():
     ("kivi2:read=x", "use read=TOKENS"),
     ("kivi2:", "use read=TOKENS"),
     ("kivi2:write=128", "use read=TOKENS"),
+    ("kivi2+:read=128,read=256", "'read=256'.* each once"),
+    ("kivi2:by=bound,by=mean", "'by=mean'.* each once"),
     ("kivi2:read=128,by=luck", "by must be bound, mean or loud, got 'luck'"),
     ("kivi2:read=128,by=loud", "use kivi2\\+, or by=bound"),
     ("kivi3:read=128", "unknown kv 'kivi3:read=128'"),

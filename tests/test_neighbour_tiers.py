@@ -453,7 +453,8 @@ def test_shares_hold_the_same_part_of_the_attention(monkeypatch):
     ("tiers:shares=0.5", "shares"), ("tiers:share", "share"), ("tiers:share=inf", "share"),
     ("tiers:hi=2", "hi"), ("tiers:share=0.05", "share"), ("tiers:sink=97", "96"),
     ("tiers:boost=7", "boost"), ("tiers:lag=-1", "lag"), ("tiers:every=0", "every"),
-    ("tiers:v_group_size=12", "v_group_size"),
+    ("tiers:v_group_size=12", "v_group_size"), ("tiers:mean=7", "mean"), ("mikv:zzz", "mikv"),
+    ("tiers:share=0.5,share=0.5", "once"), ("zipvl:", "zipvl needs a file"),
     ("zipvl:nothing", "neighbours.calibrate zipvl"), ("zipvl", "neighbours.calibrate zipvl")))
 def test_what_cannot_be_is_refused(kv, named):
     """Guards against an error of the library, or a cache that is not what was asked for."""
