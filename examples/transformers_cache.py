@@ -48,7 +48,12 @@ def refuse(module, options):
     if options.get("dropout") or module.training and torch.is_grad_enabled():
         raise ValueError("a KIVI cache has neither dropout nor gradients: call model.eval()")
     if options.get("use_cache") is False:  # generate would repeat the whole text at every step
-        raise ValueError("use_cache=False beside a cache: leave it out, also of the model's config")
+        raise ValueError("use_cache=False beside a cache: leave it out, also of the model's config "
+                         "(layers that say it by themselves cannot have this cache)")
+
+
+def no_gradient(_):
+    raise ValueError("a KIVI cache has no gradients: use it under torch.no_grad()")
 
 
 @torch.compiler.disable  # in a compiled model it stays what it is: it has its own compiled parts
@@ -68,6 +73,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
                              f"is seen), got {list(mask.shape)} in {mask.dtype}")
         if layer.cache is None:
             layer.open(key)
+        if mask is not None:
+            layer.cache.check(L, k=key, v=value)  # or `look` could not compare the mask
         lengths, causal = layer.look(mask, L)
         if n == L:
             layer.prefill(key, value, lengths)
@@ -77,6 +84,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
             out = layer.attend(query, key, value, mask, lengths, causal)
         layer.call.waiting = False
         if n > L:
+            if torch.is_grad_enabled() and query.requires_grad:
+                out = out.detach().requires_grad_()  # else K and V would be left out without a word
+                out.register_hook(no_gradient)
             return out.transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask,
                                   scaling=scaling, **kwargs)
@@ -112,12 +122,11 @@ class KiviPastKeyValues(Cache):
             raise ValueError(f"unknown kv {kv!r}; known: {', '.join(PRESETS)}")
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        try:
-            options = vars(replace(PRESETS[kv], **options))
-            KiviCache(1, 1, max_len, head_dim, device="meta", **options)  # refuses wrong ones
-        except TypeError as error:
-            known = ", ".join(vars(PRESETS[kv]))
-            raise ValueError(f"the options are {known}: {error}") from None
+        known = vars(PRESETS[kv])
+        if options.keys() - known:
+            raise ValueError(f"the options are {', '.join(known)}, not {', '.join(options)}")
+        options = vars(replace(PRESETS[kv], **options))
+        KiviCache(1, 1, max_len, head_dim, device="meta", **options)  # refuses wrong ones
         model.set_attn_implementation("kivi")
         if config._attn_implementation != "kivi":  # transformers has said why
             raise ValueError(f"the attention of {type(model).__name__} cannot be replaced: "
@@ -131,7 +140,8 @@ class KiviPastKeyValues(Cache):
         # The config that a layer asks is not that of another model, or of a copy.
         if self.call.waiting:
             raise ValueError("tokens never reached this cache: call its reset(), and "
-                             "set_attn_implementation('kivi') of the model that uses it")
+                             "set_attn_implementation('kivi') of the model that uses it, which "
+                             "alone will do before the first use of a loaded cache")
         self.call.waiting = True
         if layer_idx == 0:
             self.call.says = {}  # of masks of the call before

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 # Not needed beside copies of what is imported here.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 from decoding.decoder import bucket, side_stream  # noqa: E402
 from fused.attention import compiled_attention  # noqa: E402
 from fused.drafts import drafted, leaving  # noqa: E402
@@ -42,22 +42,15 @@ def compiled_parts(device_type):
     return torch.compile(store, fullgraph=True, options=EXACT), compiled_attention(device_type)
 
 
-class Graphs(dict):
-    """CUDA graphs of a layer's step, and its output there, by the tokens that attention reads and
-    whether a key block is complete then."""
-
-    inputs = None  # q, k and v of a step [B, H + 2 Hk, 1, D], where the graphs read them
-
-    def __deepcopy__(self, memo):
-        return Graphs()  # they know the addresses of the cache that is copied
-
-
 class Call:
     """What the layers share of a forward call."""
 
     def __init__(self):
         self.pool = None  # memory of all CUDA graphs
         self.reset()
+
+    def __getstate__(self):
+        return vars(Call())  # neither belongs to a copy of the cache
 
     def reset(self):
         self.waiting = False  # for `attention` to store what `update` has counted
@@ -75,9 +68,14 @@ class KiviLayer(DynamicLayer):
 
     def reset(self):
         self.cache = None
-        self.graphs = Graphs()
+        # CUDA graphs of a step, and its output there, by the tokens that attention reads and by
+        # whether a key block is complete then; where they read q, k and v, [B, H + 2 Hk, 1, D].
+        self.graphs, self.inputs = {}, None
         self.replaced = ()  # K and V of the window that the last tokens took the place of
         self.seen = 0  # tokens of a row, padding too: columns of the mask
+
+    def __getstate__(self):  # graphs know the addresses of the cache that is copied
+        return {**vars(self), "graphs": {}, "inputs": None}
 
     def update(self, key, value, *args, **kwargs):
         implementation = self.config._attn_implementation
@@ -114,8 +112,8 @@ class KiviLayer(DynamicLayer):
         return says
 
     def examine(self, mask, L):
-        """mask [B or 1, 1, L, seen]: (new tokens of each row, the others being padding to the left;
-        does a token see all before it, and no padding?)"""
+        """mask [B or 1, 1, L, seen]: (tokens of each row to store, the others being padding to the
+        left; does a token see all before it, and no padding?)"""
         n = self.seen
         if mask is None:
             mask = self.first.new_ones(1, 1, L, n, dtype=torch.bool)
@@ -126,14 +124,15 @@ class KiviLayer(DynamicLayer):
         lengths = real.sum(1)
         first = self.first + L - lengths[:, None]
         causal = torch.equal(mask, (t <= own[:, None]) & (t >= first[:, :, None]))
-        to_the_left = causal or torch.equal(real, own >= first)
-        if n == L and not to_the_left:
+        if n == L and not causal and not torch.equal(real, own >= first):
             raise ValueError("padding that is not to the left of a prompt: "
                              "set tokenizer.padding_side = 'left'")
-        if n > L and not causal and (
-                not to_the_left or (mask & (t < first)[:, None]).any()):
-            raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
-                             "padding and show the new tokens: go on with equally many a row")
+        if n > L and not causal:
+            # Padding among the new tokens, as behind a text that ended early, is kept, never read.
+            lengths, never = torch.full_like(lengths, L), (t < self.first)[:, None]
+            if not real[:, -1].all() or (mask & (never | (t > own[:, None]))).any():
+                raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
+                                 "padding and show the new tokens, but none to those before it")
         return lengths.tolist(), causal
 
     @torch.no_grad()
@@ -148,9 +147,6 @@ class KiviLayer(DynamicLayer):
         with torch.autocast(q.device.type, enabled=False):
             if causal and (L > DRAFTS or min(lengths) < L):
                 return self.extend(q, k, v, lengths)
-            if min(lengths) < L:
-                raise ValueError("prefill_chunk_size cuts through padding under a mask that hides "
-                                 "tokens: leave it out")
             cache, R, out = self.cache, self.cache.config.residual, []
             cache.check_new(1, None, k=k, v=v, q=q)
             self.keep(k, v, lengths)
@@ -195,7 +191,7 @@ class KiviLayer(DynamicLayer):
         with torch.cuda.device(q.device):
             if kind not in graphs:
                 graphs[kind] = self.capture(q, k, v, length)
-            torch.cat([q, k, v], 1, out=graphs.inputs)  # one launch instead of three copies
+            torch.cat([q, k, v], 1, out=self.inputs)  # one launch instead of three copies
             graph, out = graphs[kind]
             graph.replay()
         return out  # read before the layer's next step, which will write there
@@ -205,10 +201,10 @@ class KiviLayer(DynamicLayer):
     def capture(self, q, k, v, length):
         """A step in a graph, and where it puts its output. The cache afterwards is the one from
         before."""
-        graphs, parts, device = self.graphs, compiled_parts("cuda"), q.device
-        if graphs.inputs is None:
-            graphs.inputs = torch.cat([q, k, v], 1)
-        q, k, v = graphs.inputs.split([x.shape[1] for x in (q, k, v)], 1)
+        parts, device = compiled_parts("cuda"), q.device
+        if self.inputs is None:
+            self.inputs = torch.cat([q, k, v], 1)
+        q, k, v = self.inputs.split([x.shape[1] for x in (q, k, v)], 1)
         main, stream = torch.cuda.current_stream(), side_stream(device)
         stream.wait_stream(main)
         with torch.cuda.stream(stream):

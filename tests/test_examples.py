@@ -2,6 +2,7 @@
 own model, and caches that are made anew for every token. Some need transformers 5.
 """
 import copy
+import io
 import os
 import re
 import shutil
@@ -543,6 +544,43 @@ def test_a_mask_that_the_cache_cannot_follow_is_refused(llama, first, then, word
         logits(model, TOKENS[:, 20:21], cache, then)
 
 
+def test_rows_that_ended_apart_go_on_together(llama):
+    """Guards against rows that must bring equally many tokens; padding between tokens that is read,
+    at once or later."""
+    from transformers import DynamicCache
+
+    model, new = llama
+    mask = PADDED.clone()
+    mask[0, 14:17] = 0  # a text that ended early, or a turn that begins late
+    out = []
+    for cache, implementation in ((new(), "kivi"), (DynamicCache(), "sdpa")):
+        model.set_attn_implementation(implementation)
+        logits(model, TOKENS[:, :14], cache, mask[:, :14])
+        turn = logits(model, TOKENS[:, 14:22], cache, mask[:, :22])
+        step = logits(model, TOKENS[:, 22:], cache, mask)
+        out.append(torch.cat([turn[0, 3:], turn[1], *step]))
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+
+
+def test_new_tokens_that_see_later_ones_are_refused(llama):
+    """Guards against such a mask, as of a picture, that is taken for a causal one."""
+    model, new = llama
+    cache = new()
+    logits(model, TOKENS[:, :20], cache)
+    with pytest.raises(ValueError, match="but none to those before it"):
+        logits(model, TOKENS[:, 20:], cache, WINDOW | True)
+
+
+def test_a_gradient_through_codes_is_refused(llama):
+    """Guards against one that lacks the share of K and V."""
+    model, new = llama
+    cache = new()
+    logits(model, TOKENS[:, :20], cache)
+    out = model(TOKENS[:, 20:], **named(model, cache)).logits
+    with pytest.raises(ValueError, match="no gradients: use it under torch.no_grad"):
+        out.sum().backward()
+
+
 def test_rows_change_places_with_their_padding(llama):
     """Guards against beams that keep another beam's columns of the mask."""
     model, new = llama
@@ -571,14 +609,20 @@ def test_a_cache_made_for_another_object_of_the_model_is_refused(llama):
 
 
 def test_a_copy_goes_on_by_itself_and_knows_the_models_attention(llama):
-    """Guards against copies that share buffers; a copy that asks a copied config which attention
-    the model has."""
+    """Guards against copies that share buffers or keep the masks of a prompt; a copy that asks a
+    copied config which attention the model has."""
     model, new = llama
     cache = new()
-    logits(model, TOKENS[:, :20], cache)
+    logits(model, TOKENS[:, :20], cache, PADDED[:, :20])
     twin = copy.deepcopy(cache)
-    for token in TOKENS[:, 20:22].split(1, 1):
-        assert torch.equal(logits(model, token, cache), logits(model, token, twin))
+    saved = io.BytesIO()
+    torch.save(cache, saved)
+    loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    assert not twin.call.says and not loaded.call.says
+    for n in (20, 21):
+        step = TOKENS[:, n:][:, :1], PADDED[:, : n + 1]
+        expected, *others = (logits(model, step[0], x, step[1]) for x in (cache, twin, loaded))
+        assert all(torch.equal(expected, other) for other in others)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="never reached this cache"):
         logits(model, TOKENS[:, 22:], twin)
@@ -616,6 +660,10 @@ def test_what_the_attention_would_leave_out_is_refused(llama):
     logits(model, TOKENS[:, :20], cache)
     with pytest.raises(ValueError, match=r"k must be \[2, .*got \[3, "):
         logits(model, TOKENS[[0, 1, 1], :1], cache)
+    cache.reset()
+    logits(model, TOKENS[:, :20], cache)
+    with pytest.raises(ValueError, match=r"k must be \[2, .*got \[3, "):
+        logits(model, TOKENS[[0, 1, 1], :1], cache, hole(torch.ones(3, 21)))
     cache.reset()
     logits(model, TOKENS[:, :20], cache)
     with pytest.raises(ValueError, match="k must be .*float32 .*got .*bfloat16"):
