@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from checkpoint.hub import resolve
-from checkpoint.text import load_tokenizer, read_text
+from checkpoint.text import encode, load_tokenizer, one_line, read_text
 from model import Transformer
 from neighbours import fit, fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
 from program import console
@@ -32,7 +32,7 @@ COMMANDS = {
 def rows_of(tokenizer, text, rows, n):
     """Tokens [rows, n] from the beginning of a text. raises ValueError: it is too short"""
     start = tokenizer.encode("").ids
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = encode(tokenizer, [{"role": "user", "content": text}])[len(start) :]
     own = n - len(start)  # of the text, in a row
     if rows < 1 or own < 1 or len(ids) < rows * own:
         raise ValueError(f"a text of {len(ids)} tokens does not give {rows} rows of {n} tokens: "
@@ -59,7 +59,9 @@ def parse(argv):
 @torch.no_grad()
 def calibrate(method, file, checkpoint, text, rows, tokens, **options):
     folder = resolve(checkpoint)
-    tokens = rows_of(load_tokenizer(folder), read_text(text), rows, tokens)
+    tokenizer = load_tokenizer(folder)
+    with one_line(f"--text {text} cannot be used"):
+        tokens = rows_of(tokenizer, read_text(text), rows, tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.from_pretrained(folder, device)
     fitted.write(file, method, COMMANDS[method][0](model, tokens.to(device), **options))

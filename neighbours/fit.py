@@ -42,7 +42,7 @@ def fit_slots(model, tokens, slots):
     if not UNIT <= slots <= n:
         raise ValueError(f"--slots must be {UNIT}, which each layer gets at least, to {n}, the "
                          f"--tokens, got {slots}")
-    return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round().long() * UNIT}
+    return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round() * UNIT}
 
 
 def fit_shares(model, tokens, share):

@@ -7,7 +7,7 @@ from checkpoint.text import one_line
 
 
 def write(file, method, tensors):
-    """Writes tensors by name. raises ValueError: it cannot be written"""
+    """Writes float32 tensors by name. raises ValueError: it cannot be written"""
     with one_line(f"{file} cannot be written"):
         save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, file,
                   {"method": method})
@@ -27,6 +27,6 @@ def read(file, method, shapes):
         found = {name: list(x.shape) for name, x in tensors.items()}
         if found != {name: list(shape) for name, shape in shapes.items()}:
             raise ValueError(f"it is of another model: its tensors are {found}")
-        if not all(torch.isfinite(x).all() for x in tensors.values()):
-            raise ValueError("it holds NaN or inf")
+        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
+            raise ValueError("it holds NaN, inf or other numbers than float32")
         return tensors

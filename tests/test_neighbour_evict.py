@@ -374,7 +374,7 @@ def files(model, tmp_path):
     """What `python -m neighbours.calibrate` may write for the tiny checkpoint, by method."""
     c = model.config
     shape = c.n_layers, c.n_kv_heads, c.head_dim * 3 // 2 + 3
-    fits = {"prefixkv": {"slots": torch.tensor([24, 40])},
+    fits = {"prefixkv": {"slots": torch.tensor([24.0, 40.0])},
             "gate": {"weight": randn(*shape), "share": torch.tensor(0.25)}}
     for method, tensors in fits.items():
         fitted.write(tmp_path / method, method, tensors)
@@ -529,11 +529,13 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     for wrong in ("prefixkv", "gate", f"gate:{tmp_path / 'none'}", f"gate:{__file__}"):
         refused(kv(wrong), "neighbours.calibrate")
     refused(kv(files["gate"].replace("gate:", "prefixkv:")), "prefixkv", "not written")
-    fitted.write(tmp_path / "other", "prefixkv", {"slots": torch.tensor([64] * 3)})
+    fitted.write(tmp_path / "other", "prefixkv", {"slots": torch.tensor([64.0] * 3)})
     refused(kv(f"prefixkv:{tmp_path / 'other'}"), "another model", 3)
     weight = torch.full((2, HK, 32 * 3 // 2 + 3), torch.nan)
     fitted.write(tmp_path / "bad", "gate", {"weight": weight, "share": torch.tensor(0.25)})
     refused(kv(f"gate:{tmp_path / 'bad'}"), "NaN")
+    fitted.write(tmp_path / "bad", "gate", {"weight": weight.half(), "share": torch.tensor(0.25)})
+    refused(kv(f"gate:{tmp_path / 'bad'}"), "float32")
     model.layers[1].window = 30
     refused(kv("h2o:0.2"), "sliding window")
     q, k, v = text(1, 10)
@@ -555,6 +557,9 @@ def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
 
     check_error(calls("h2o"), "prefixkv")
     check_error(calls("gate", text=tmp_path / "none"), "none")
+    for data, named in ((b"a\xff\xfeb", "utf-8"), (b"a\0b", "UTF-8")):  # no text in a known coding
+        (tmp_path / "bytes").write_bytes(data * 999)
+        check_error(calls("gate", text=tmp_path / "bytes"), "bytes", named)
     check_error(calls("gate", "--rows", 9), "9 rows", "--text")
     check_error(calls("gate", "--tokens", 20), "20")
     check_error(calls("gate", "--tokens", 99, "--share", 2), "share")

@@ -172,13 +172,17 @@ def test_the_program_predicts(tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_what_cannot_be_is_refused(file, exact, model):
-    """Guards against maps of another model, and caches that wait for queries in vain."""
+def test_what_cannot_be_is_refused(file, exact, model, tmp_path):
+    """Guards against maps of another model or of no fractions, and caches that wait for queries in
+    vain."""
     check_error(run("--predict", file), "another model")
     check_error(run("--predict", "nowhere"), "python -m neighbours.calibrate predict FILE")
     for kv in ("h2o:0.5", "tiers"):
         with pytest.raises(ValueError, match="--predict"):
             model.setup_caches(1, 20, kv)
+    fitted.write(tmp_path / "f", "predict", {"maps": model.maps.int()})
+    with pytest.raises(ValueError, match="float32"):
+        predict.predict_layers(exact, tmp_path / "f")
     exact.config.ranks = 0, 2
     with pytest.raises(ValueError, match="torchrun"):
         predict.predict_layers(exact, file)
