@@ -33,7 +33,6 @@ from kivi import PRESETS, FullCache, KiviCache, KVConfig
 from program.cli import usable_device
 from program.memory import kv_read, weights_read
 from program.parallel import rank
-from program.report import check_writable
 from study import memory, quality, throughput
 from study.measure import (
     Results, add_ratios, clock_calls, copy_bandwidth, print_table, say,
@@ -257,7 +256,7 @@ def measure(argv):
     if command in ("decode", "throughput") and device.type != "cuda" and not tested:
         raise ValueError(f"{command} measures CUDA graphs: it needs --device cuda")
     if file:
-        check_writable(file)  # before hours of measuring
+        console.check_writable(file)  # before hours of measuring
     torch.manual_seed(0)
     results = Results(command, device)
     unfinished = False

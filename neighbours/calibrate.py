@@ -11,10 +11,11 @@ import torch
 
 from checkpoint.hub import resolve
 from checkpoint.text import encode, load_tokenizer, one_line, read_text
-from model import Transformer
+from model import ModelConfig, Transformer
 from neighbours import fit, fitted, nuq_levels, predict, registry  # noqa: F401 - names of caches
 from program import console
 
+FEWEST = 64  # tokens of a row: nuq3 fitted to 32 misses a third more, to 2 it writes no text
 # By method: a function of (model, tokens [rows, n], its own options) to the tensors of the file, by
 # name; and what adds these options to the command line.
 COMMANDS = {
@@ -34,7 +35,7 @@ def rows_of(tokenizer, text, rows, n):
     start = tokenizer.encode("").ids
     ids = encode(tokenizer, [{"role": "user", "content": text}])[len(start) :]
     own = n - len(start)  # of the text, in a row
-    if rows < 1 or own < 1 or len(ids) < rows * own:
+    if rows < 1 or len(ids) < rows * own:
         raise ValueError(f"a text of {len(ids)} tokens does not give {rows} rows of {n} tokens: "
                          "take a longer --text, or fewer --rows or --tokens")
     return torch.tensor([start + ids[i * own : (i + 1) * own] for i in range(rows)])
@@ -58,13 +59,18 @@ def parse(argv):
 
 @torch.no_grad()
 def calibrate(method, file, checkpoint, text, rows, tokens, **options):
+    console.check_writable(file)  # before minutes of fitting
     folder = resolve(checkpoint)
     tokenizer = load_tokenizer(folder)
     with one_line(f"--text {text} cannot be used"):
-        tokens = rows_of(tokenizer, read_text(text), rows, tokens)
+        ids = rows_of(tokenizer, read_text(text), rows, tokens)
+    longest = ModelConfig.from_folder(folder).max_len
+    if not FEWEST <= tokens <= longest:
+        raise ValueError(f"--tokens must lie in {FEWEST} .. {longest}, the model's context, got "
+                         f"{tokens}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.from_pretrained(folder, device)
-    fitted.write(file, method, COMMANDS[method][0](model, tokens.to(device), **options))
+    fitted.write(file, method, COMMANDS[method][0](model, ids.to(device), **options))
 
 
 def main(argv=None):

@@ -59,8 +59,6 @@ def fit_gate(model, tokens, share):
     """a linear estimate of the attention that tokens get (Attention-Gate, untrained)"""
     EvictConfig(share=share).check(model.config.head_dim)
     n, weights = tokens.shape[1], []
-    if n <= GATE_SINKS + NEWEST:
-        raise ValueError(f"--tokens must be more than {GATE_SINKS + NEWEST}, got {n}")
     for cache in observed(model, tokens):
         used = ((cache.born > GATE_SINKS) & (cache.born <= n - NEWEST))[..., None]
         mean = (cache.score / (n + 1 - cache.born)).clamp(min=1e-7).log()[..., None]

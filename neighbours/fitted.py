@@ -14,7 +14,7 @@ def write(file, method, tensors):
 
 
 def read(file, method, shapes):
-    """The tensors of these shapes, by name, that were fitted for a method.
+    """The tensors of these shapes (lists), by name, that were fitted for a method.
 
     raises ValueError: no such file, of another method or another model, damaged
     """
@@ -25,7 +25,7 @@ def read(file, method, shapes):
                 raise ValueError(f"it was not written for {method}")
             tensors = {name: content.get_tensor(name) for name in content.keys()}
         found = {name: list(x.shape) for name, x in tensors.items()}
-        if found != {name: list(shape) for name, shape in shapes.items()}:
+        if found != shapes:
             raise ValueError(f"it is of another model: its tensors are {found}")
         if not all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors.values()):
             raise ValueError("it holds NaN, inf or other numbers than float32")

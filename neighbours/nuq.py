@@ -193,9 +193,9 @@ def configs(bits, file, model):
     if c.rope_scaling.get("rope_type") == "dynamic":
         raise ValueError("nuq does not work with a rotary embedding of type dynamic, whose angles "
                          "depend on how many tokens there are: choose another kv")
-    ranges = c.n_layers, c.n_kv_heads, 1, c.head_dim
+    ranges = [c.n_layers, c.n_kv_heads, 1, c.head_dim]
     shapes = {"k_zero": ranges, "k_scale": ranges}
-    shapes |= {f"{name}_levels{n}": (c.n_layers, 2**n) for name in "kv" for n in BITS}
+    shapes |= {f"{name}_levels{n}": [c.n_layers, 2**n] for name in "kv" for n in BITS}
     tensors = fitted.read(file, "nuq", shapes)
     tables = {"k_zero": tensors["k_zero"], "k_scale": tensors["k_scale"],
               "k_levels": tensors[f"k_levels{bits}"], "v_levels": tensors[f"v_levels{bits}"]}

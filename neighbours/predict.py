@@ -64,7 +64,7 @@ def predicted(x, weights, head_dim):
 
 
 def shape_of_maps(c):
-    return c.n_layers // 2, c.dim + 1, 2 * c.n_kv_heads * c.head_dim
+    return [c.n_layers // 2, c.dim + 1, 2 * c.n_kv_heads * c.head_dim]
 
 
 def predict_layers(model, file):

@@ -11,9 +11,9 @@ from neighbours.skip import skip_layers
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
-from program.console import Parser, guarded, note, tell
+from program.console import Parser, check_writable, guarded, note, tell
 from program.parallel import join, processes, rank
-from program.report import PROFILED, check_writable, compile_if_it_pays, note_loading
+from program.report import PROFILED, compile_if_it_pays, note_loading
 
 EXAMPLES = """examples:
   python generate.py                                                           English from tiny/

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from traceback import format_exception
 
 HALF = 500  # characters: values that stand in files may be of any length
@@ -43,6 +44,13 @@ def begin():
     if sys.stdout is None:
         raise ValueError("stdout is closed: open it, the text goes there")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends no text
+
+
+def check_writable(file):
+    """Raises ValueError where a file cannot be written, and makes none."""
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written: choose a file in a folder that exists")
 
 
 def hook(kind, error, trace):

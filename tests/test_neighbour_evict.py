@@ -546,7 +546,7 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     refused(lambda: cache.prefill(k, v), "extend(q, k, v)")  # the sums are used up
 
 
-def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
+def test_the_command_refuses_in_one_line(checkpoint, tmp_path, monkeypatch):
     """Guards against a traceback after minutes, or a file of nothing."""
     book = tmp_path / "book.txt"
     book.write_text("All that is gold does not glitter. " * 40)
@@ -562,9 +562,14 @@ def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
         check_error(calls("gate", text=tmp_path / "bytes"), "bytes", named)
     check_error(calls("gate", "--rows", 9), "9 rows", "--text")
     check_error(calls("gate", "--tokens", 20), "20")
+    for method in ("nuq", "predict", "prefixkv", "zipvl"):  # of too few, or more than the context
+        for n in (2, 63, 513):
+            check_error(calls(method, "--rows", 1, "--tokens", n), "--tokens", "64", "512", str(n))
     check_error(calls("gate", "--tokens", 99, "--share", 2), "share")
     for slots in (63, 100):
         check_error(calls("prefixkv", "--tokens", 99, "--slots", slots), "64", "99", str(slots))
     check_error(calls("zipvl", "--tokens", 99, "--share", 0.9), "--share", "0.9")
     check_error(calls("prefixkv", "--tokens", 99, "--slots", 64, file=tmp_path / "no" / "fit"),
                 "cannot be written")
+    monkeypatch.setattr(Transformer, "from_pretrained", None)  # before the model is read
+    check_error(calls("nuq", "--tokens", 99, file=tmp_path), "cannot be written")
