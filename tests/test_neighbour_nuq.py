@@ -378,7 +378,8 @@ def test_what_cannot_be_is_refused(embedded, model, file, tmp_path):
     save_file(tensors, tmp_path / "of nobody")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{tmp_path / 'of nobody'}"), "nuq")
     for dtype in (torch.float16, torch.int64):
-        fitted.write(tmp_path / "f", "nuq", tensors | {"k_levels2": tensors["k_levels2"].to(dtype)})
+        wrong = {"k_levels2": tensors["k_levels2"].to(dtype)}
+        fitted.write(tmp_path / "f", "nuq", tensors | wrong, embedded[0])
         refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{tmp_path / 'f'}"), "float32")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{file}", residual=-1), "residual", "-1")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{file}", boost=8), "boost")
