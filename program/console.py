@@ -14,8 +14,21 @@ HALF = 500  # characters: values that stand in files may be of any length
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", None, filled)  # of every option that names no type
+
     def error(self, message):  # argparse's own writes the usage before it, many lines
         raise ValueError(f"{message} (--help names all options)")
+
+
+def filled(text):
+    """A value of the command line. What stands for a variable that is not set must not be taken
+    for an option that was left out."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty (a variable that is not set?): give a value, "
+                                         "or leave the option out")
+    return text
 
 
 def tell(text):
