@@ -6,8 +6,9 @@ the first and the last of the new tokens pass through all layers: models attend 
 sink, and the last one's logits are wanted. Decoding is as ever, and any cache can hold the result.
 
 As published: linear maps with a bias, K predicted before RoPE, the last token by the whole model.
-Not: there a small model of its own reads the prompt, trained together with the maps. Nobody has
-     published one, so here the lower layers take its place, and ridge regression fits the maps.
+Not: there a small model of its own reads the prompt, and its K and V are mapped; both are trained
+     together. Nobody has published one, so here the lower layers take its place, what is mapped are
+     hidden states of the same model, and ridge regression fits the maps.
 Beyond: the first token is exact."""
 import torch
 from torch.nn import functional as F
