@@ -3,7 +3,7 @@
     python bench.py attention      one layer's decode attention: the library's best, and the caches
     python bench.py decode         a whole decode step: Llama shapes, or a --checkpoint
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
-    python bench.py memory         bytes a token of every cache, by the formula
+    python bench.py memory         bytes a token of KIVI's caches, by the formula (others: quality)
     python bench.py quality        perplexity, KL, greedy choices and answers through the cache
 
 decode and throughput need CUDA, and refuse another machine at once; only throughput --models tiny
