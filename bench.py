@@ -3,7 +3,7 @@
     python bench.py attention      one layer's decode attention: the library's best, and the caches
     python bench.py decode         a whole decode step: Llama shapes, or a --checkpoint
     python bench.py throughput     tokens/s against the batch within --budget-gb, random weights
-    python bench.py memory         bytes a token of every cache, by the formula
+    python bench.py memory         bytes a token of KIVI's caches, by the formula (others: quality)
     python bench.py quality        perplexity, KL, greedy choices and answers through the cache
 
 decode and throughput need CUDA, and refuse another machine at once; only throughput --models tiny
@@ -33,7 +33,6 @@ from kivi import PRESETS, FullCache, KiviCache, KVConfig
 from program.cli import usable_device
 from program.memory import kv_read, weights_read
 from program.parallel import rank
-from program.report import check_writable
 from study import memory, quality, throughput
 from study.measure import (
     Results, add_ratios, clock_calls, copy_bandwidth, print_table, say,
@@ -239,6 +238,7 @@ def parse(argv):
     parser = console.Parser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.type = str  # a command checks by itself what it gets
     for name, (run, add_arguments) in COMMANDS.items():
         add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -257,7 +257,7 @@ def measure(argv):
     if command in ("decode", "throughput") and device.type != "cuda" and not tested:
         raise ValueError(f"{command} measures CUDA graphs: it needs --device cuda")
     if file:
-        check_writable(file)  # before hours of measuring
+        console.check_writable(file)  # before hours of measuring
     torch.manual_seed(0)
     results = Results(command, device)
     unfinished = False

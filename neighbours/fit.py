@@ -42,7 +42,7 @@ def fit_slots(model, tokens, slots):
     if not UNIT <= slots <= n:
         raise ValueError(f"--slots must be {UNIT}, which each layer gets at least, to {n}, the "
                          f"--tokens, got {slots}")
-    return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round().long() * UNIT}
+    return {"slots": (counts(model, tokens, slots, UNIT) / UNIT).round() * UNIT}
 
 
 def fit_shares(model, tokens, share):
@@ -59,8 +59,6 @@ def fit_gate(model, tokens, share):
     """a linear estimate of the attention that tokens get (Attention-Gate, untrained)"""
     EvictConfig(share=share).check(model.config.head_dim)
     n, weights = tokens.shape[1], []
-    if n <= GATE_SINKS + NEWEST:
-        raise ValueError(f"--tokens must be more than {GATE_SINKS + NEWEST}, got {n}")
     for cache in observed(model, tokens):
         used = ((cache.born > GATE_SINKS) & (cache.born <= n - NEWEST))[..., None]
         mean = (cache.score / (n + 1 - cache.born)).clamp(min=1e-7).log()[..., None]
@@ -74,21 +72,20 @@ def fit_gate(model, tokens, share):
 
 
 def prefixkv(argument, model):
-    fit = fitted.read(argument, "prefixkv", {"slots": [model.config.n_layers]})
-    return [EvictConfig(sink=1, slots=n) for n in map(int, fit["slots"])]
+    slots = fitted.read(argument, model, "prefixkv", {"slots": [model.config.n_layers]})["slots"]
+    if slots.min() < 1:
+        raise ValueError(f"{argument} leaves a layer without slots: fit another one")
+    return [EvictConfig(sink=1, slots=n) for n in map(int, slots)]
 
 
 def zipvl(argument, model):
-    fit = fitted.read(argument, "zipvl", {"shares": [model.config.n_layers]})
+    fit = fitted.read(argument, model, "zipvl", {"shares": [model.config.n_layers]})
     return [TierConfig(share=share) for share in fit["shares"].tolist()]
 
 
 def gate(argument, model):
     c = model.config
-    if c.ranks[1] > 1:
-        raise ValueError("gate:FILE is of all KV heads, which are divided among processes here: "
-                         "leave out torchrun")
     weight = [c.n_layers, c.n_kv_heads, c.head_dim + c.head_dim // 2 + 3]
-    fit = fitted.read(argument, "gate", {"weight": weight, "share": []})
+    fit = fitted.read(argument, model, "gate", {"weight": weight, "share": []})
     return [EvictConfig(sink=GATE_SINKS, share=fit["share"].item(), gate=layer)
             for layer in fit["weight"]]

@@ -188,17 +188,14 @@ def configs(bits, file, model):
     raises ValueError: the file cannot be used, or the model has no such cache
     """
     c = model.config
-    if c.ranks[1] > 1:
-        raise ValueError("nuq looks for outliers among all KV heads of a token, which are divided "
-                         "among processes here: leave out torchrun")
     if c.rope_scaling.get("rope_type") == "dynamic":
         raise ValueError("nuq does not work with a rotary embedding of type dynamic, whose angles "
                          "depend on how many tokens there are: choose another kv")
-    ranges = c.n_layers, c.n_kv_heads, 1, c.head_dim
+    ranges = [c.n_layers, c.n_kv_heads, 1, c.head_dim]
     shapes = {"k_zero": ranges, "k_scale": ranges}
-    shapes |= {f"{name}_levels{n}": (c.n_layers, 2**n) for name in "kv" for n in BITS}
-    tensors = fitted.read(file, "nuq", shapes)
+    shapes |= {f"{name}_levels{n}": [c.n_layers, 2**n] for name in "kv" for n in BITS}
+    tensors = fitted.read(file, model, "nuq", shapes)
     tables = {"k_zero": tensors["k_zero"], "k_scale": tensors["k_scale"],
               "k_levels": tensors[f"k_levels{bits}"], "v_levels": tensors[f"v_levels{bits}"]}
-    layers = [{name: x[layer] for name, x in tables.items()} for layer in range(c.n_layers)]
-    return [NuqConfig(bits, bits, tables=layer | {"freq": model.freq}) for layer in layers]
+    return [NuqConfig(bits, bits, tables={name: x[layer] for name, x in tables.items()}
+                      | {"freq": model.freq}) for layer in range(c.n_layers)]

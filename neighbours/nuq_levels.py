@@ -71,7 +71,6 @@ def unpack(packed, bits):
     return sum(plane << b for b, plane in enumerate(planes)).flatten(-2)
 
 
-@torch.no_grad()
 def calibrate(model, tokens):
     """ranges of K, levels of K and V (KVQuant): for --kv nuq2:FILE and nuq3:FILE"""
     model.setup_caches(*tokens.shape, "bf16")

@@ -6,8 +6,9 @@ the first and the last of the new tokens pass through all layers: models attend 
 sink, and the last one's logits are wanted. Decoding is as ever, and any cache can hold the result.
 
 As published: linear maps with a bias, K predicted before RoPE, the last token by the whole model.
-Not: there a small model of its own reads the prompt, trained together with the maps. Nobody has
-     published one, so here the lower layers take its place, and ridge regression fits the maps.
+Not: there a small model of its own reads the prompt, and its K and V are mapped; both are trained
+     together. Nobody has published one, so here the lower layers take its place, what is mapped are
+     hidden states of the same model, and ridge regression fits the maps.
 Beyond: the first token is exact."""
 import torch
 from torch.nn import functional as F
@@ -63,27 +64,21 @@ def predicted(x, weights, head_dim):
     return y.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
 
 
-def shape_of_maps(c):
-    return c.n_layers // 2, c.dim + 1, 2 * c.n_kv_heads * c.head_dim
-
-
 def predict_layers(model, file):
     """Lets a model predict from now on, with the maps that `fit` wrote.
 
     raises ValueError: the file cannot be used; the model is divided among processes
     """
-    if model.config.ranks[1] > 1:
-        raise ValueError("--predict maps to all KV heads, which are divided among processes here: "
-                         "leave out torchrun")
-    maps = fitted.read(file, "predict", {"maps": shape_of_maps(model.config)})["maps"]
+    c = model.config
+    shape = [c.n_layers // 2, c.dim + 1, 2 * c.n_kv_heads * c.head_dim]
+    maps = fitted.read(file, model, "predict", {"maps": shape})["maps"]
     model.register_buffer("maps", maps.to(model.embed.weight), persistent=False)
     model.__class__ = PredictingTransformer  # in place: weights are large
 
 
-@torch.no_grad()
 def fit(model, tokens):
     """K and V of the upper layers from what enters the middle one: for --predict FILE"""
-    middle = len(model.layers) - shape_of_maps(model.config)[0]
+    middle = (len(model.layers) + 1) // 2  # of an odd number the larger part is exact
     x = model.embed(tokens)
     cos, sin = model.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
     maps = []

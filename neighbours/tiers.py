@@ -4,7 +4,7 @@ When R tokens leave the window, those that got the most attention go to the `hi`
 others to the `lo` tier (2 bits), both in KIVI's layout: K per channel in groups of G tokens of one
 tier, V per token. The widest key channels of the `lo` tier have twice its bits. Exact are the
 first S tokens, and all from the last multiple of R on, as it was `lag` tokens ago. Shapes never
-depend on the data: of R tokens a tier gets as many every time.
+depend on the data: of R tokens a tier gets as many every time. The papers rank the whole text.
 
 ZipCache (arXiv 2405.14256), `tiers`. As published: ranks by the mean attention of the queries that
     could see a token. Not: KIVI's axes, 25 % in 4 bits and not 60 %, exact sinks and boosted keys

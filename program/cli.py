@@ -11,9 +11,9 @@ from neighbours.skip import skip_layers
 from program import saved
 from program.batch import answer_all
 from program.chat import Answer, Past, Run, converse
-from program.console import Parser, guarded, note, tell
+from program.console import Parser, check_writable, guarded, note, tell
 from program.parallel import join, processes, rank
-from program.report import PROFILED, check_writable, compile_if_it_pays, note_loading
+from program.report import PROFILED, compile_if_it_pays, note_loading
 
 EXAMPLES = """examples:
   python generate.py                                                           English from tiny/
@@ -32,7 +32,8 @@ RANGES = {
     "speculate": (1, 15),
 }
 NEEDS = {"system": "chat", "prefix": "prompts", "draft": "speculate"}  # options that need another
-APART = [("save_cache", "prompts"), ("load_cache", "system"), ("profile", "speculate"),
+APART = [("save_cache", "prompts"), ("load_cache", "system"),
+         *(("profile", other) for other in ("speculate", "prompts", "interactive")),
          *(("skip", other) for other in ("speculate", "interactive", "prefix", "save_cache",
                                          "load_cache"))]
 OTHER_TEXTS = ("interactive", "prompts", "save_cache", "load_cache")  # also decide a capacity
@@ -47,16 +48,15 @@ def start(argv):
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must lie in {low} .. {high}, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
     check_options(args)
     if args.interactive and processes() > 1:
         raise ValueError(f"--interactive reads from one process, torchrun started {processes()}")
     device = usable_device(args.device, args.dtype)
-    if args.profile:
-        check_profile(args.profile, args.prompts, args.interactive)
     dtype = generate.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    prompt = read_prompt(args.prompt, args.prompt_file)
+    prompt = args.prompt
+    if args.prompt_file:
+        prompt = read_text(args.prompt_file).removesuffix("\n")  # editors put one there
     folder = resolve(args.checkpoint, args.revision)
     render = chat_template(folder) if args.chat else None
     cache = saved.load(args.load_cache) if args.load_cache else None
@@ -111,10 +111,8 @@ def check_options(args):
             raise ValueError(f"{one} and {other} do not go together: leave out one of them")
     if (args.save_cache or args.load_cache) and processes() > 1:
         raise ValueError("saved caches are of one process: leave out torchrun")
-    if "" in args.stop:
-        raise ValueError("--stop needs some text, got none")
-    if args.save_cache:
-        check_writable(args.save_cache)
+    for file in filter(None, (args.save_cache, args.profile)):
+        check_writable(file)
 
 
 def check_capacities(args, configs):
@@ -149,19 +147,6 @@ def usable_device(name, dtype=None):
     return device
 
 
-def check_profile(file, prompts, interactive):
-    if prompts or interactive:
-        other = "prompts" if prompts else "interactive"
-        raise ValueError(f"--profile is for one prompt: leave out --{other}")
-    check_writable(file)
-
-
-def read_prompt(prompt, file):
-    if not file:
-        return "Once upon a time" if prompt is None else prompt
-    return read_text(file).removesuffix("\n")  # editors put one there
-
-
 def batch_size(text):
     return None if text == "auto" else int(text)
 
@@ -193,7 +178,7 @@ def parser():
         help="the prompt, the conversation or each of --prompts continues a saved one")
     group = p.add_argument_group("prompt")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", help='text to continue (default "Once upon a time")')
+    add("--prompt", type=str, default="Once upon a time", help="is continued (default %(default)s)")
     add("--prompt-file", help="file with the text to continue, without its last line break")
     add("--prompts", help="file of many prompts, run in batches: one a line, or JSONL with prompt "
         "and, optionally, max_new_tokens; unusable lines are named on stderr and skipped, the exit "
@@ -203,7 +188,7 @@ def parser():
     add = group.add_argument
     add("--chat", action="store_true",
         help="prompts are messages, put into the checkpoint's own chat template")
-    add("--system", metavar="TEXT", help="--chat: a system message in front")
+    add("--system", type=str, metavar="TEXT", help="--chat: a system message in front")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end an answer where this text appears, without it; may be given several times")
     add("--prefix", metavar="FILE",

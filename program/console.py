@@ -7,14 +7,28 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from traceback import format_exception
 
 HALF = 500  # characters: values that stand in files may be of any length
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", None, filled)  # of every option that names no type
+
     def error(self, message):  # argparse's own writes the usage before it, many lines
         raise ValueError(f"{message} (--help names all options)")
+
+
+def filled(text):
+    """A value of the command line. What stands for a variable that is not set must not be taken
+    for an option that was left out."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty (a variable that is not set?): give a value, "
+                                         "or leave the option out")
+    return text
 
 
 def tell(text):
@@ -43,6 +57,13 @@ def begin():
     if sys.stdout is None:
         raise ValueError("stdout is closed: open it, the text goes there")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character ends no text
+
+
+def check_writable(file):
+    """Raises ValueError where a file cannot be written, and makes none."""
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written: choose a file in a folder that exists")
 
 
 def hook(kind, error, trace):

@@ -1,5 +1,4 @@
 """What the program says about a run beside its text: progress, statistics, a profile."""
-import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -216,13 +215,6 @@ def profile(file, new_tokens):
 
     schedule = torch.profiler.schedule(wait=WAIT - 2, warmup=1, active=PROFILED, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
-
-
-def check_writable(file):
-    """Raises ValueError where a file cannot be written, and makes none."""
-    path = Path(file)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{file} cannot be written: choose a file in a folder that exists")
 
 
 def tell_profiled(file, new_tokens):

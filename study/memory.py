@@ -1,4 +1,4 @@
-"""Bytes a token of every cache, by the formula of program/memory.py."""
+"""Bytes a token of KIVI's caches, by the formula of program/memory.py."""
 import torch
 
 from program.memory import cache_parts
@@ -16,7 +16,7 @@ def add_arguments(add):
 
 
 def memory(results, device, models, lengths):
-    """bytes a token of every cache, by the formula"""
+    """bytes a token of KIVI's caches, by the formula"""
     rows = results.data["bytes_per_token"] = []
     for name in models:
         model = random_model(MODELS[name], torch.device("meta"))  # its shapes are all that counts

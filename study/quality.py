@@ -50,7 +50,7 @@ def add_arguments(add):
     add("--rows", type=int, default=8, help="rows of text")
     add("--tokens", type=int, default=512, help="at most scored a row")
     add("--prefill", type=int, default=256, help="tokens of exact prefill")
-    add("--greedy", type=int, default=128, help="tokens that full precision adds to these")
+    add("--greedy", type=int, default=128, help="tokens that full precision adds to these (2 ..)")
     add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096],
         help="tokens of the prompts that ask")
     add("--trials", type=int, default=2, help="such prompts a length and depth")
@@ -66,6 +66,8 @@ def add_arguments(add):
 def quality(results, device, checkpoint, weights, dtype, caches, text, rows, tokens, prefill,
             greedy, lengths, trials, batch, tasks, seed, plot, study):
     """perplexity, KL, greedy choices and answers through the cache; --study: the long table"""
+    if greedy < 2:
+        raise ValueError(f"--greedy must be 2 or more: no cache chooses the first, got {greedy}")
     model, tokenizer = load(checkpoint, device, DTYPES[dtype], weights=weights)
     words = Path(text).read_text(encoding="utf-8")
     windows = text_rows(tokenizer, words, prefill, rows, tokens).to(device)

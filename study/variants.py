@@ -6,6 +6,7 @@ step by step would read; a test compares the two.
 """
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -98,14 +99,8 @@ def simulate(model, fake, prompt_kv, tokens):
 
 
 def _study():
-    axes = [
-        ("channel", "token"),
-        ("channel", "channel"),
-        ("token", "token"),
-        ("token", "channel"),
-    ]
     fakes = {}
-    for k, v in axes:
+    for k, v in product(("channel", "token"), ("token", "channel")):
         name = f"K per {k}, V per {v}"
         fakes[f"{name}, R = 0"] = Fake(k_axis=k, v_axis=v, residual=0)
         fakes[f"{name}, R = 128"] = Fake(k_axis=k, v_axis=v)

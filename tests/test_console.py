@@ -8,6 +8,7 @@ import bench
 import pytest
 from calling import ROOT, check_error, run
 from checkpoint import write
+from neighbours import calibrate
 from program import console
 
 
@@ -64,6 +65,21 @@ def test_what_a_file_holds_does_not_reach_the_terminal_as_it_is():
 def test_wrong_options_get_one_line(main, arguments, named):
     """Guards against the usage before the line, and numbers that torch cannot take."""
     check_error(run(*arguments, **{"main": main} if main else {}), named)
+
+
+EMPTY = [(None, option) for option in (
+    "--checkpoint", "--revision", "--weights", "--predict", "--skip", "--kv", "--save-cache",
+    "--load-cache", "--prompt-file", "--prompts", "--stop", "--prefix", "--draft", "--profile")]
+EMPTY += [(bench.main, "quality --checkpoint"), (bench.main, "memory --json"),
+          (calibrate.main, "nuq x --checkpoint"), (write.main, "--weights")]
+
+
+@pytest.mark.parametrize("main, options", EMPTY, ids=[options for _, options in EMPTY])
+def test_an_empty_value_is_refused(main, options):
+    """A variable of the shell that is not set. Guards against an option that is left out in
+    silence, so that another model or another text is measured."""
+    line = options.split()
+    check_error(run(*line, "", **{"main": main} if main else {}), line[-1], "empty")
 
 
 class Full(io.StringIO):

@@ -12,7 +12,9 @@ import torch
 from cache_cases import assert_same, refused, row_state, state
 from calling import check_error, result_of, run, type_lines
 from make_golden import tokens as some_tokens
+from reference import changed
 from reference_cache import attention64, randn, rel
+from safetensors.torch import load_file, save_file
 
 from model import Transformer
 from neighbours import calibrate, fit, fitted
@@ -375,10 +377,10 @@ def files(model, tmp_path):
     """What `python -m neighbours.calibrate` may write for the tiny checkpoint, by method."""
     c = model.config
     shape = c.n_layers, c.n_kv_heads, c.head_dim * 3 // 2 + 3
-    fits = {"prefixkv": {"slots": torch.tensor([24, 40])},
+    fits = {"prefixkv": {"slots": torch.tensor([24.0, 40.0])},
             "gate": {"weight": randn(*shape), "share": torch.tensor(0.25)}}
     for method, tensors in fits.items():
-        fitted.write(tmp_path / method, method, tensors)
+        fitted.write(tmp_path / method, method, tensors, model)
     return {method: f"{method}:{tmp_path / method}" for method in fits}
 
 
@@ -531,6 +533,27 @@ def test_what_was_fitted_runs(method, option, value, checkpoint, tmp_path):
     assert found["new_tokens"] > 1
 
 
+def test_a_fit_is_of_one_model(model, files, checkpoint, tmp_path):
+    """It fits the model in every dtype, with other weights and in every process; it does not fit
+    another with the same shapes. Guards against a file of a base model that is taken for its
+    instruct sibling, and against one that is refused for rounding."""
+    for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"weights": "int8"}):
+        same = Transformer.from_pretrained(checkpoint, **options)
+        for kv in files.values():
+            assert len(same.kv_configs(kv)) == 2
+    model.config.ranks = 0, 2
+    assert len(model.kv_configs(files["prefixkv"])) == 2
+    refused(lambda: model.kv_configs(files["gate"]), "torchrun")
+    weights = load_file(checkpoint / "model.safetensors")
+    norm, embedding = "model.norm.weight", "model.embed_tokens.weight"
+    for theta, name in ((10001.0, None), (10000.0, norm), (10000.0, embedding)):
+        folder = changed(checkpoint, tmp_path, rope_theta=theta)
+        other = weights | ({name: weights[name] * 1.01} if name else {})
+        save_file(other, folder / "model.safetensors")
+        for kv in files.values():
+            refused(lambda: Transformer.from_pretrained(folder).kv_configs(kv), "another model")
+
+
 def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     """Guards against a traceback, and a setting that is ignored."""
     def kv(name, **options):
@@ -553,11 +576,16 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     for wrong in ("prefixkv", "gate", f"gate:{tmp_path / 'none'}", f"gate:{__file__}"):
         refused(kv(wrong), "neighbours.calibrate")
     refused(kv(files["gate"].replace("gate:", "prefixkv:")), "prefixkv", "not written")
-    fitted.write(tmp_path / "other", "prefixkv", {"slots": torch.tensor([64] * 3)})
+    fitted.write(tmp_path / "other", "prefixkv", {"slots": torch.tensor([64.0] * 3)}, model)
     refused(kv(f"prefixkv:{tmp_path / 'other'}"), "another model", 3)
     weight = torch.full((2, HK, 32 * 3 // 2 + 3), torch.nan)
-    fitted.write(tmp_path / "bad", "gate", {"weight": weight, "share": torch.tensor(0.25)})
+    bad = {"weight": weight, "share": torch.tensor(0.25)}
+    fitted.write(tmp_path / "bad", "gate", bad, model)
     refused(kv(f"gate:{tmp_path / 'bad'}"), "NaN")
+    fitted.write(tmp_path / "bad", "gate", bad | {"weight": weight.half()}, model)
+    refused(kv(f"gate:{tmp_path / 'bad'}"), "float32")
+    fitted.write(tmp_path / "bad", "prefixkv", {"slots": torch.tensor([0.0, 64.0])}, model)
+    refused(kv(f"prefixkv:{tmp_path / 'bad'}"), "slots")
     model.layers[1].window = 30
     refused(kv("h2o:0.2"), "sliding window")
     q, k, v = text(1, 10)
@@ -568,7 +596,7 @@ def test_what_cannot_be_is_refused_in_one_line(model, files, tmp_path):
     refused(lambda: cache.prefill(k, v), "extend(q, k, v)")  # the sums are used up
 
 
-def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
+def test_the_command_refuses_in_one_line(checkpoint, tmp_path, monkeypatch):
     """Guards against a traceback after minutes, or a file of nothing."""
     book = tmp_path / "book.txt"
     book.write_text("All that is gold does not glitter. " * 40)
@@ -579,11 +607,19 @@ def test_the_command_refuses_in_one_line(checkpoint, tmp_path):
 
     check_error(calls("h2o"), "prefixkv")
     check_error(calls("gate", text=tmp_path / "none"), "none")
+    for data, named in ((b"a\xff\xfeb", "utf-8"), (b"a\0b", "UTF-8")):  # no text in a known coding
+        (tmp_path / "bytes").write_bytes(data * 999)
+        check_error(calls("gate", text=tmp_path / "bytes"), "bytes", named)
     check_error(calls("gate", "--rows", 9), "9 rows", "--text")
     check_error(calls("gate", "--tokens", 20), "20")
+    for method in ("nuq", "predict", "prefixkv", "zipvl"):  # of too few, or more than the context
+        for n in (2, 63, 513):
+            check_error(calls(method, "--rows", 1, "--tokens", n), "--tokens", "64", "512", str(n))
     check_error(calls("gate", "--tokens", 99, "--share", 2), "share")
     for slots in (63, 100):
         check_error(calls("prefixkv", "--tokens", 99, "--slots", slots), "64", "99", str(slots))
     check_error(calls("zipvl", "--tokens", 99, "--share", 0.9), "--share", "0.9")
     check_error(calls("prefixkv", "--tokens", 99, "--slots", 64, file=tmp_path / "no" / "fit"),
                 "cannot be written")
+    monkeypatch.setattr(Transformer, "from_pretrained", None)  # before the model is read
+    check_error(calls("nuq", "--tokens", 99, file=tmp_path), "cannot be written")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import kivi
 from checkpoint.hub import EMBEDDED
-from neighbours import calibrate, nuq_levels
+from neighbours import calibrate, fitted, nuq_levels
 from neighbours.nuq import NuqCache, NuqConfig
 from program.memory import cache_parts, traffic_of
 
@@ -377,6 +377,10 @@ def test_what_cannot_be_is_refused(embedded, model, file, tmp_path):
     tensors = load_file(file)
     save_file(tensors, tmp_path / "of nobody")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{tmp_path / 'of nobody'}"), "nuq")
+    for dtype in (torch.float16, torch.int64):
+        wrong = {"k_levels2": tensors["k_levels2"].to(dtype)}
+        fitted.write(tmp_path / "f", "nuq", tensors | wrong, embedded[0])
+        refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{tmp_path / 'f'}"), "float32")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{file}", residual=-1), "residual", "-1")
     refused(lambda: embedded[0].setup_caches(1, 50, f"nuq2:{file}", boost=8), "boost")
     refused(lambda: NuqConfig().check(60), "60")

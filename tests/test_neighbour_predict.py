@@ -28,7 +28,8 @@ def exact(folder):
 def file(folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("maps") / "maps.safetensors"
     tokens = torch.tensor([some_ids(50, seed=n) for n in range(9)])
-    fitted.write(file, "predict", predict.fit(Transformer.from_pretrained(folder), tokens))
+    model = Transformer.from_pretrained(folder)
+    fitted.write(file, "predict", predict.fit(model, tokens), model)
     return file
 
 
@@ -126,7 +127,8 @@ def test_a_gate_holds_what_is_predicted(model, tmp_path, monkeypatch):
     been dropped."""
     c, prompt, more = model.config, *(torch.tensor([some_ids(n, seed=n)]) for n in (28, 12))
     weight = randn(c.n_layers, c.n_kv_heads, c.head_dim * 3 // 2 + 3)
-    fitted.write(tmp_path / "gate", "gate", {"weight": weight, "share": torch.tensor(0.25)})
+    tensors = {"weight": weight, "share": torch.tensor(0.25)}
+    fitted.write(tmp_path / "gate", "gate", tensors, model)
     model.setup_caches(1, 40, "bf16")
     whole = model.prefill(prompt)
     model.setup_caches(1, 40, f"gate:{tmp_path / 'gate'}")
@@ -172,13 +174,17 @@ def test_the_program_predicts(tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_what_cannot_be_is_refused(file, exact, model):
-    """Guards against maps of another model, and caches that wait for queries in vain."""
+def test_what_cannot_be_is_refused(file, exact, model, tmp_path):
+    """Guards against maps of another model or of no fractions, and caches that wait for queries in
+    vain."""
     check_error(run("--predict", file), "another model")
     check_error(run("--predict", "nowhere"), "python -m neighbours.calibrate predict FILE")
     for kv in ("h2o:0.5", "tiers"):
         with pytest.raises(ValueError, match="--predict"):
             model.setup_caches(1, 20, kv)
+    fitted.write(tmp_path / "f", "predict", {"maps": model.maps.int()}, exact)
+    with pytest.raises(ValueError, match="float32"):
+        predict.predict_layers(exact, tmp_path / "f")
     exact.config.ranks = 0, 2
     with pytest.raises(ValueError, match="torchrun"):
         predict.predict_layers(exact, file)

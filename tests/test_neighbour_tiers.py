@@ -406,13 +406,13 @@ def test_a_prompt_in_parts_counts_as_one(model):
     assert torch.equal(seen[1], seen[3]) and seen[1].any()
 
 
-def test_the_program_takes_them_by_name(tmp_path):
+def test_the_program_takes_them_by_name(embedded, tmp_path):
     """Guards against names that nobody registers, and a saved cache that is not the same."""
     file, shares = tmp_path / "cache", tmp_path / "shares"
     long = "Once upon a time there was a king. " * 20
     for kv in ("tiers", "mikv:lag=4"):
         assert result_of("--kv", kv, "--prompt", long, "--max-new-tokens", 4)["kv"] == kv
-    fitted.write(shares, "zipvl", {"shares": torch.tensor([0.25, 0.5] * 4)})
+    fitted.write(shares, "zipvl", {"shares": torch.tensor([0.25, 0.5] * 4)}, embedded[0])
     args = "--kv", f"zipvl:{shares}", "--temperature", 0, "--max-new-tokens", 3
     first = result_of(*args, "--prompt", long, "--save-cache", file)
     assert first["new_tokens"] == 3
@@ -423,11 +423,11 @@ def test_shares_of_a_file_are_those_of_the_layers(model, tmp_path):
     """Guards against shares that no tier could hold, and a share of another layer."""
     kv = f"zipvl:{tmp_path / 'f'}"
     for shares, sizes in (([0.25, 0.6], [32, 64]), ([0.75, 0.2], [96, 32])):
-        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor(shares)})
+        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor(shares)}, model)
         configs = model.kv_configs(kv)
         assert [config.sizes for config in configs] == [(hi, 128 - hi) for hi in sizes]
     for wrong in (0.01, 1.0, -0.5):
-        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.25, wrong])})
+        fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.25, wrong])}, model)
         refused(lambda: model.kv_configs(kv), "share", "another share")
 
 
@@ -466,9 +466,9 @@ def test_other_refusals(model, tmp_path):
     _, k, v = tokens_of(1, 5)
     refused(lambda: make().prefill(k, v), "extend")
     refused(lambda: make(sliding=20), "sliding window", "choose another")
-    fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.5])})
+    fitted.write(tmp_path / "f", "zipvl", {"shares": torch.tensor([0.5])}, model)
     refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "another model")
-    fitted.write(tmp_path / "f", "gate", {"shares": torch.tensor([0.5, 0.5])})
+    fitted.write(tmp_path / "f", "gate", {"shares": torch.tensor([0.5, 0.5])}, model)
     refused(lambda: OTHERS["zipvl"](tmp_path / "f", model), "not written for zipvl")
 
 

@@ -222,6 +222,7 @@ def test_malformed_loads_are_named_before_anything_runs(load):
     (("quality", "--checkpoint", "nowhere"), "nowhere"),
     (("quality", "--caches", "kivi3", "--rows", 1, "--prefill", 9, "--tokens", 2), "kivi3"),
     (("quality", "--rows", 10**6), "fewer --rows"),
+    (("quality", "--greedy", 0), "--greedy"),
     (("memory", "--json", "nowhere/x.json"), "nowhere/x.json"),
     (("memory", "--device", "abacus"), "abacus"),
 ))
