@@ -150,11 +150,11 @@ class KiviLayer(DynamicLayer):
             cache, R, out = self.cache, self.cache.config.residual, []
             cache.check_new(1, None, k=k, v=v, q=q)
             self.keep(k, v, lengths)
+            if not causal:
+                return (self.masked if L > 1 else self.hidden)(q, k, v, mask[:, 0])
             while L:
-                # Drafts must not go beyond the end of a key block.
-                n = min(L, *(R - x % R for x in cache.lengths)) if causal else 1
-                parts = [x[:, :, -L:][:, :, :n] for x in (q, k, v)]
-                out.append(self.drafts(*parts) if causal else self.hidden(*parts, mask[:, 0, -L]))
+                n = min(L, *(R - x % R for x in cache.lengths))  # not beyond the end of a key block
+                out.append(self.drafts(*(x[:, :, -L:][:, :, :n] for x in (q, k, v))))
                 L -= n
             return torch.cat(out, 2)
 
@@ -224,18 +224,35 @@ class KiviLayer(DynamicLayer):
         cache, n = self.cache, q.shape[2]
         t = cache.tokens(cache.length + n)
         out = drafted(cache, q, cache.pos, t, k, v, leaving(cache, cache.pos, n))
-        cache.fill(k, v, cache.pos, cache.pos + n)
-        cache.set_lengths([x + n for x in cache.lengths])
+        self.fill(k, v)
         return out
 
     def hidden(self, q, k, v, mask):
-        """One token a row, where the mask [B or 1, seen] hides some."""
+        """`masked` of one token, read as by a step."""
         cache = self.cache
         cache.append(k, v)
         pos, t = cache.pos - 1, cache.tokens(cache.length)
-        column = (t + self.first).clamp(max=self.seen - 1)
-        seen = mask.expand(cache.batch, -1).gather(1, column) & cache.seen(pos[:, None], t)
-        return cache.attention(q, pos, t, seen[:, None])
+        return cache.attention(q, pos, t, self.of_tokens(mask, t) & (t <= pos[:, None])[:, None])
+
+    def masked(self, q, k, v, mask):
+        """Many tokens, where the mask [B or 1, L, seen] hides some: as `extend` reads them."""
+        cache, t = self.cache, self.cache.tokens(self.cache.length)
+        held = self.of_tokens(mask, t) & (t < cache.pos[:, None])[:, None]
+        seen = torch.cat([held, mask.expand(len(held), -1, -1)[:, :, -q.shape[2]:]], 2)
+        out = [cache.attention(part, cache.pos - 1, t, own, (k, v))  # parts bound the memory
+               for part, own in zip(q.split(512, 2), seen.split(512, 1))]
+        self.fill(k, v)
+        return torch.cat(out, 2)
+
+    def of_tokens(self, mask, t):
+        """The columns of a mask [B or 1, L, seen] that are the cache's tokens t: [B, L, tokens]."""
+        column = (t + self.first).clamp(max=self.seen - 1)[:, None]
+        return mask.expand(len(column), -1, -1).gather(2, column.expand(-1, mask.shape[1], -1))
+
+    def fill(self, k, v):
+        cache, n = self.cache, k.shape[2]
+        cache.fill(k, v, cache.pos, cache.pos + n)
+        cache.set_lengths([x + n for x in cache.lengths])
 
     def extend(self, q, k, v, lengths):
         """Many tokens: a part of a prompt, whose own tokens are read exactly."""

@@ -544,21 +544,22 @@ def test_a_mask_that_the_cache_cannot_follow_is_refused(llama, first, then, word
         logits(model, TOKENS[:, 20:21], cache, then)
 
 
-def test_rows_that_ended_apart_go_on_together(llama):
+@pytest.mark.parametrize("n", (8, 640))
+def test_rows_that_ended_apart_go_on_together(hub, n):
     """Guards against rows that must bring equally many tokens; padding between tokens that is read,
-    at once or later."""
+    at once or later; parts of a long turn that lie elsewhere."""
     from transformers import DynamicCache
 
-    model, new = llama
-    mask = PADDED.clone()
+    model, tokens, out = small_model("LlamaConfig"), LONG.repeat(1, 6)[:, : n + 15], []
+    mask = torch.ones_like(tokens)
     mask[0, 14:17] = 0  # a text that ended early, or a turn that begins late
-    out = []
-    for cache, implementation in ((new(), "kivi"), (DynamicCache(), "sdpa")):
+    for cache, implementation in (
+            (hub[0].KiviPastKeyValues(model, 700, group_size=16, residual=704), "kivi"),
+            (DynamicCache(), "sdpa")):
         model.set_attn_implementation(implementation)
-        logits(model, TOKENS[:, :14], cache, mask[:, :14])
-        turn = logits(model, TOKENS[:, 14:22], cache, mask[:, :22])
-        step = logits(model, TOKENS[:, 22:], cache, mask)
-        out.append(torch.cat([turn[0, 3:], turn[1], *step]))
+        logits(model, tokens[:, :14], cache, mask[:, :14])
+        turn = logits(model, tokens[:, 14:-1], cache, mask[:, :-1])
+        out.append(torch.cat([turn[0, 3:], turn[1], *logits(model, tokens[:, -1:], cache, mask)]))
     torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
 
 
