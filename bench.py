@@ -238,7 +238,7 @@ def parse(argv):
     parser = console.Parser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.type = str  # a command checks by itself what it gets
+    commands.type = str  # else an empty value is refused under the command's name
     for name, (run, add_arguments) in COMMANDS.items():
         add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -73,9 +73,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
                              f"is seen), got {list(mask.shape)} in {mask.dtype}")
         if layer.cache is None:
             layer.open(key)
-        if mask is not None:
-            layer.cache.check(L, k=key, v=value)  # or `look` could not compare the mask
-        lengths, causal = layer.look(mask, L)
+        lengths, causal = layer.look(mask, key)
         if n == L:
             layer.prefill(key, value, lengths)
         else:
@@ -123,8 +121,8 @@ class KiviPastKeyValues(Cache):
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         known = vars(PRESETS[kv])
-        if options.keys() - known:
-            raise ValueError(f"the options are {', '.join(known)}, not {', '.join(options)}")
+        if wrong := options.keys() - known:
+            raise ValueError(f"the options are {', '.join(known)}, not {', '.join(wrong)}")
         options = vars(replace(PRESETS[kv], **options))
         KiviCache(1, 1, max_len, head_dim, device="meta", **options)  # refuses wrong ones
         model.set_attn_implementation("kivi")

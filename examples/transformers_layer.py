@@ -21,8 +21,9 @@ from fused.step import EXACT  # noqa: E402
 from kivi import KiviCache  # noqa: E402
 from quantize import take  # noqa: E402
 
-# So many tokens of a forward call, and no more, are read as by as many steps, and can be taken
-# back. An assistant drafts fewer; what they replace is kept in full precision.
+# So many tokens of a forward call, and no more, are read as by as many steps (if the mask hides
+# nothing but the padding of prompts), and can be taken back. An assistant drafts fewer; what they
+# replace is kept in full precision.
 DRAFTS = 64
 
 
@@ -50,7 +51,7 @@ class Call:
         self.reset()
 
     def __getstate__(self):
-        return vars(Call())  # neither belongs to a copy of the cache
+        return vars(Call())  # a copy has its own memory of graphs, and no masks of a call
 
     def reset(self):
         self.waiting = False  # for `attention` to store what `update` has counted
@@ -97,12 +98,13 @@ class KiviLayer(DynamicLayer):
         self.first = torch.zeros(B, 1, dtype=torch.int64, device=key.device)
         self.padded = False
 
-    def look(self, mask, L):
+    def look(self, mask, key):
         """What `examine` says, asked once a call: the answer waits for the device."""
-        B, call = self.cache.batch, self.call
+        B, L, call = self.cache.batch, key.shape[2], self.call
         if mask is None and not self.padded:
             return [L] * B, True
         if id(mask) not in call.says:
+            self.cache.check(L, k=key)  # other rows than the cache's could not be compared
             call.says[id(mask)] = mask, self.examine(mask, L)
         says = call.says[id(mask)][1]
         lengths = says[0]
@@ -129,8 +131,8 @@ class KiviLayer(DynamicLayer):
                              "set tokenizer.padding_side = 'left'")
         if n > L and not causal:
             # Padding among the new tokens, as behind a text that ended early, is kept, never read.
-            lengths, never = torch.full_like(lengths, L), (t < self.first)[:, None]
-            if not real[:, -1].all() or (mask & (never | (t > own[:, None]))).any():
+            lengths, padding = torch.full_like(lengths, L), (t < self.first)[:, None]
+            if not real[:, -1].all() or (mask & (padding | (t > own[:, None]))).any():
                 raise ValueError("attention_mask must cover all tokens so far, hide the prompt's "
                                  "padding and show the new tokens, but none to those before it")
         return lengths.tolist(), causal
@@ -228,7 +230,7 @@ class KiviLayer(DynamicLayer):
         return out
 
     def hidden(self, q, k, v, mask):
-        """`masked` of one token, read as by a step."""
+        """One token a row under such a mask as in `masked`, but read as by a step."""
         cache = self.cache
         cache.append(k, v)
         pos, t = cache.pos - 1, cache.tokens(cache.length)

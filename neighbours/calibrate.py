@@ -43,7 +43,7 @@ def parse(argv):
     parser = console.Parser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="method", required=True, metavar="method")
-    commands.type = str  # a command checks by itself what it gets
+    commands.type = str  # else an empty value is refused under the command's name
     for name, (run, *own) in COMMANDS.items():
         add = commands.add_parser(name, help=run.__doc__, description=run.__doc__).add_argument
         add("file", metavar="FILE", help="where the result goes")
